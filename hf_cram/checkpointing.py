@@ -1,0 +1,206 @@
+"""Checkpoints that are whole or absent, and the heartbeat that keeps the clock of a killed run."""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+RUN_STATE_NAME = "cram_state.json"
+CLOCK_NAME = "clock.json"
+STAGING_NAME = ".saving"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message names the folder, the cause and the way out."""
+
+
+@dataclass
+class RunState:
+    """What a run must remember beside the Trainer's own state, to continue where it was."""
+
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    elapsed_seconds: float = 0.0
+    rows_seen: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+
+    def save(self, folder: Path) -> None:
+        (folder / RUN_STATE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunState":
+        """Raises [`CheckpointError`] where `folder` is not a complete checkpoint of a budgeted run."""
+        if not folder.is_dir():
+            raise CheckpointError(f"There is no checkpoint folder {folder}")
+        try:
+            values = json.loads((folder / RUN_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} is not a complete checkpoint of hf_cram ({RUN_STATE_NAME}: {error}): name another one, or "
+                "pass --resume_from_checkpoint true for the last complete one in the output folder"
+            ) from error
+        return cls(**{name: values[name] for name in (spec.name for spec in fields(cls)) if name in values})
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Ask the system to write every file below `folder` out, so that the rename after it means they are there."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json_atomically(path: Path, values: dict[str, Any]) -> None:
+    """Replace `path` by the new content in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_clock(output_dir: Path) -> dict[str, Any] | None:
+    """The last heartbeat in `output_dir`, or `None` where no budgeted run has been."""
+    path = output_dir / CLOCK_NAME
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it to start its clock anew") from error
+
+
+@contextmanager
+def save_errors(target: Path) -> Iterator[None]:
+    """Turn a failure to write below `target` (disk full, no permission) into one [`CheckpointError`] line."""
+    try:
+        yield
+    # torch.save reports a full disk as a RuntimeError, safetensors as an error of its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"Saving {target} failed: {cause}. Earlier checkpoints are untouched; make room (or name another "
+            "--output_dir), then continue with --resume_from_checkpoint true"
+        ) from error
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    shutil.rmtree(output_dir / STAGING_NAME, ignore_errors=True)
+
+
+def publish_checkpoint(staged: Path, output_dir: Path) -> Path:
+    """Flush the folder `staged` and move it to its place in `output_dir` in one step; returns that place."""
+    flush_to_disk(staged)
+    target = output_dir / staged.name
+    if target.exists():  # saved again at the same step
+        retire_checkpoint(target, output_dir)
+    os.rename(staged, target)
+    return target
+
+
+def publish_files(staged: Path, output_dir: Path) -> None:
+    """Flush the folder `staged` and move its files into `output_dir`, each in one step, the weights last."""
+    flush_to_disk(staged)
+    for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        os.replace(path, output_dir / path.name)
+    staged.rmdir()
+
+
+def retire_checkpoint(folder: Path, output_dir: Path) -> None:
+    """Delete a checkpoint so that a kill in the middle does not leave half of it under its name."""
+    trash = output_dir / STAGING_NAME / f"deleted-{folder.name}"
+    trash.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+def rotate(output_dir: Path, save_total_limit: int | None) -> None:
+    """Keep the newest `save_total_limit` checkpoints."""
+    if save_total_limit is not None and save_total_limit > 0:
+        for folder in sort_checkpoints(output_dir=str(output_dir))[:-save_total_limit]:
+            retire_checkpoint(Path(folder), output_dir)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint in `output_dir`, or `None`."""
+    for folder in reversed(sort_checkpoints(output_dir=str(output_dir))) if output_dir.is_dir() else ():
+        if (Path(folder) / RUN_STATE_NAME).is_file():
+            return Path(folder)
+    return None
+
+
+def move_earlier_run_aside(output_dir: Path) -> Path | None:
+    """
+    Move the output of an earlier budgeted run out of the way of a new one: nothing is overwritten.
+
+    Returns where it went, `<output_dir>.previous-N`, or `None` where there was none.
+    """
+    if read_clock(output_dir) is None:
+        return None
+    number = 1
+    while (target := output_dir.with_name(f"{output_dir.name}.previous-{number}")).exists():
+        number += 1
+    try:
+        os.rename(output_dir, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output_dir} holds an earlier run and cannot be moved to {target} ({error.strerror}): name another "
+            "--output_dir, or continue the run with --resume_from_checkpoint true"
+        ) from error
+    output_dir.mkdir()
+    return target
+
+
+class Heartbeat:
+    """
+    Writes the clock to `clock.json` every second from a thread of its own, so that a killed run loses no time.
+
+    Args:
+        output_dir: where `clock.json` goes.
+        values: returns the current content; called in the thread.
+        period_seconds: seconds between two beats.
+    """
+
+    def __init__(self, output_dir: Path, values: Callable[[], dict[str, Any]], period_seconds: float = 1.0):
+        self.path = output_dir / CLOCK_NAME
+        self.values = values
+        self.period_seconds = period_seconds
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="hf_cram-heartbeat", daemon=True)
+        self._warned = False
+
+    def __enter__(self) -> "Heartbeat":
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._write()
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self.period_seconds):
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            write_json_atomically(self.path, self.values())
+        except OSError as error:  # a full disk must not end the run by its clock
+            if not self._warned:
+                logger.warning("The clock could not be written to %s: %s", self.path, error)
+            self._warned = True

@@ -1,0 +1,91 @@
+"""What this machine can do: matrix-product speed, bf16 or not, compile or not, and the work of one row."""
+
+import copy
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+# Speed-up that torch.compile brings to an encoder's training step, and what compiling costs, both measured on 2 CPU
+# cores by benchmarks/throughput.py: a conservative gain, and seconds for a cold cache.
+COMPILE_SPEEDUP = 1.25
+COMPILE_SECONDS = 20.0
+COMPILE_SECONDS_PER_LINEAR = 1.5
+MATMUL_ROWS = 4096
+
+
+def largest_linear_shape(model: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of the model's largest linear layer; (1024, 1024) for a model without one."""
+    shapes = [(module.out_features, module.in_features) for module in model.modules() if isinstance(module, nn.Linear)]
+    return max(shapes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_matmul_flops(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], seconds: float = 0.5
+) -> float:
+    """Best FLOP/s of a product of (4096, in) with a weight of `shape` (out, in) on `device`, tried for `seconds`."""
+    inputs = torch.randn(MATMUL_ROWS, shape[1], device=device).to(dtype)
+    weight = torch.randn(shape, device=device).to(dtype)
+    nn.functional.linear(inputs, weight)
+    _synchronize(device)
+    best, deadline = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        nn.functional.linear(inputs, weight)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * MATMUL_ROWS * shape[0] * shape[1] / best
+
+
+def bf16_is_faster(device: torch.device, shape: tuple[int, int], seconds: float = 2.0) -> bool:
+    """Whether bf16 autocast beats fp32 on this device: forward and backward of one layer, in turn, best of each."""
+    layer = nn.Linear(shape[1], shape[0], bias=False, device=device)
+    inputs = torch.randn(MATMUL_ROWS, shape[1], device=device, requires_grad=True)
+    best = {True: float("inf"), False: float("inf")}
+    rounds, deadline = 0, time.perf_counter() + seconds
+    while rounds < 2 or time.perf_counter() < deadline:  # the first round warms up
+        for enabled in (False, True):
+            started = time.perf_counter()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+                layer(inputs).sum().backward()
+            _synchronize(device)
+            if rounds:
+                best[enabled] = min(best[enabled], time.perf_counter() - started)
+        rounds += 1
+    return best[True] < best[False]
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile's default backend has what it needs: a C++ compiler on a CPU, Triton on a GPU."""
+    if device.type == "cpu":
+        return shutil.which(os.environ.get("CXX", "g++")) is not None
+    return torch.utils._triton.has_triton()
+
+
+def compile_pays_off(model: nn.Module, device: torch.device, seconds_left: float | None) -> bool:
+    """Whether a compiled model gets further in `seconds_left` of the clock, compiling included; not known: no."""
+    if seconds_left is None or not can_compile(device):
+        return False
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    compile_seconds = COMPILE_SECONDS + COMPILE_SECONDS_PER_LINEAR * linears
+    return (seconds_left - compile_seconds) * COMPILE_SPEEDUP > seconds_left
+
+
+def training_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """FLOPs of the matrix products in one forward and backward pass over `batch`, counted on a copy of the model."""
+    probe = copy.deepcopy(model).train()
+    # The fused CPU attention has no formula in the counter; the plain one does the same products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        probe(**batch)[0].backward()
+    return counter.get_total_flops()

@@ -1,0 +1,669 @@
+# Copyright 2026 The hf_cram authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The crammed BERT ("Cramming", arXiv 2212.14034): embeddings, attention, feed-forward, layer, model, heads.
+
+Shapes in comments: B sequences, L tokens, H hidden size, N heads, D head size, K masked positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_crammed_bert import CrammedBertConfig
+
+# Each branch below is one finding of the paper against the original BERT's choice, tested side by side.
+# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit
+
+
+def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
+    """Sinusoidal positions (Vaswani et al. 2017), fp32, shape (num_positions, hidden_size): even columns sin, odd cos."""
+    positions = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1)
+    frequencies = torch.exp(torch.arange(0, hidden_size, 2, dtype=torch.float32) * (-math.log(10000.0) / hidden_size))
+    angles = positions * frequencies  # (num_positions, H / 2)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (num_positions, H)
+
+
+def rotary_table(num_positions: int, head_size: int, base: float) -> torch.Tensor:
+    """Rotary positions (Su et al. 2021), fp32, shape (2, num_positions, head_size): cos and sin, halves repeated."""
+    frequencies = 1.0 / base ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)  # (num_positions, D / 2)
+    angles = torch.cat((angles, angles), dim=-1)  # (num_positions, D)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn `states` (B, N, L, D) by the angles of their positions; `cos` and `sin` are (B or 1, 1, L, D)."""
+    first_half, second_half = states.chunk(2, dim=-1)
+    turned = torch.cat((-second_half, first_half), dim=-1)
+    return (states * cos + turned * sin).to(states.dtype)
+
+
+def build_norm(config: CrammedBertConfig) -> nn.Module:
+    """LayerNorm or RMSNorm over the hidden size, as configured."""
+    norm_class = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return norm_class(config.hidden_size, eps=config.norm_eps)
+
+
+class CrammedBertSinusoidalPositions(nn.Module):
+    """Sinusoids, times one learnable scale where configured (paper, section 4.2)."""
+
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__()
+        self.num_positions, self.hidden_size = config.max_position_embeddings, config.hidden_size
+        self.table = nn.Buffer(sinusoidal_table(self.num_positions, self.hidden_size), persistent=False)
+        scaled = config.position_embedding_type == "scaled_sinusoidal"
+        self.scale_factor = nn.Parameter(torch.full((1,), self.hidden_size**-0.5)) if scaled else None
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        positions = self.table[position_ids]  # (B or 1, L, H)
+        return positions if self.scale_factor is None else positions * self.scale_factor
+
+
+class CrammedBertRotaryTable(nn.Module):
+    """cos and sin of the rotary angles, for every position and head dimension."""
+
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__()
+        self.num_positions, self.base = config.max_position_embeddings, config.rotary_base
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.table = nn.Buffer(rotary_table(self.num_positions, self.head_size, self.base), persistent=False)
+
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.table[:, position_ids].unsqueeze(2).unbind(0)  # each (B or 1, 1, L, D)
+        return cos, sin
+
+
+class CrammedBertEmbeddings(nn.Module):
+    """Words, positions and (where configured) token types, summed, normalised, dropped out."""
+
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        if config.position_embedding_type in ("scaled_sinusoidal", "sinusoidal"):
+            self.position_embeddings: nn.Module | None = CrammedBertSinusoidalPositions(config)
+        elif config.position_embedding_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.position_embeddings = None  # rotary positions enter in the attention
+        self.token_type_embeddings = (
+            nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size > 0 else None
+        )
+        self.norm = build_norm(config) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.embedding_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None,
+        token_type_ids: torch.LongTensor | None,
+        position_ids: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor | None,
+    ) -> torch.Tensor:
+        hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, H)
+        if self.position_embeddings is not None:
+            hidden_states = hidden_states + self.position_embeddings(position_ids)
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+            hidden_states = hidden_states + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.norm(hidden_states))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention with weights. query, key, value (B, N, L, D) -> output (B, L, N, D), weights (B, N, L, L)."""
+    scores = query @ key.transpose(2, 3) * scaling  # (B, N, L, L)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # Softmax in at least fp32: bf16 sums lose the small weights, and float64 must stay float64.
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype))
+    weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class CrammedBertAttention(nn.Module):
+    """Bidirectional multi-head self-attention with one fused query-key-value projection."""
+
+    def __init__(self, config: CrammedBertConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = False
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_size**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.linear_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_positions: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, length, _ = hidden_states.shape
+        query_key_value = self.query_key_value(hidden_states).view(batch_size, length, 3, -1, self.head_size)
+        query, key, value = query_key_value.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, L, D)
+        if rotary_positions is not None:
+            query, key = rotate(query, *rotary_positions), rotate(key, *rotary_positions)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.dense(context.reshape(batch_size, length, -1)), weights  # (B, L, H)
+
+
+class CrammedBertMLP(nn.Module):
+    """Feed-forward block, gated (GEGLU, Shazeer 2020) or plain."""
+
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__()
+        self.gated = config.gated_linear_unit
+        self.act = ACT2FN[config.hidden_act]
+        inner_size = config.intermediate_size // 2 if self.gated else config.intermediate_size
+        self.dense_in = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.linear_bias)
+        self.dense_out = nn.Linear(inner_size, config.hidden_size, bias=config.linear_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dense_in(hidden_states)  # (B, L, I)
+        if self.gated:
+            hidden_states, gate = hidden_states.chunk(2, dim=-1)  # each (B, L, I / 2)
+            return self.dense_out(hidden_states * self.act(gate))
+        return self.dense_out(self.act(hidden_states))
+
+
+class CrammedBertLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward block, each with a residual and a norm before (paper) or after (BERT) it."""
+
+    def __init__(self, config: CrammedBertConfig, layer_idx: int):
+        super().__init__()
+        self.pre_norm = config.norm_scheme == "pre"
+        self.attention_norm = build_norm(config)
+        self.attention = CrammedBertAttention(config, layer_idx)
+        self.mlp_norm = build_norm(config)
+        self.mlp = CrammedBertMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_positions: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_input = self.attention_norm(hidden_states) if self.pre_norm else hidden_states
+        attention_output, _ = self.attention(attention_input, attention_mask, rotary_positions, **kwargs)
+        hidden_states = hidden_states + self.dropout(attention_output)
+        if self.pre_norm:
+            return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        hidden_states = self.attention_norm(hidden_states)
+        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+
+@auto_docstring
+class CrammedBertPreTrainedModel(PreTrainedModel):
+    config: CrammedBertConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CrammedBertEmbeddings", "CrammedBertLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": CrammedBertLayer, "attentions": CrammedBertAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Matrices, embeddings and norms (normal with initializer_range, ones, zeros) are the base class's.
+        super()._init_weights(module)
+        # Loading builds the model without memory and leaves non-persistent tables unfilled: fill them here.
+        if isinstance(module, CrammedBertSinusoidalPositions):
+            init.copy_(module.table, sinusoidal_table(module.num_positions, module.hidden_size))
+            if module.scale_factor is not None:
+                init.constant_(module.scale_factor, module.hidden_size**-0.5)
+        elif isinstance(module, CrammedBertRotaryTable):
+            init.copy_(module.table, rotary_table(module.num_positions, module.head_size, module.base))
+
+
+@auto_docstring
+class CrammedBertModel(CrammedBertPreTrainedModel):
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__(config)
+        self.embeddings = CrammedBertEmbeddings(config)
+        self.rotary_table = CrammedBertRotaryTable(config) if config.position_embedding_type == "rotary" else None
+        self.layers = nn.ModuleList([CrammedBertLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.final_norm = build_norm(config) if config.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        length = tokens.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"A sequence of {length} tokens is longer than max_position_embeddings "
+                f"({self.config.max_position_embeddings}): truncate it, or raise max_position_embeddings"
+            )
+        if position_ids is None:
+            position_ids = torch.arange(length, device=tokens.device).unsqueeze(0)  # (1, L)
+
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, L, H)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        rotary_positions = None if self.rotary_table is None else self.rotary_table(position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, rotary_positions, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
+
+
+class CrammedBertPredictionHead(nn.Module):
+    """BERT's nonlinear prediction head: dense, activation, norm."""
+
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.linear_bias)
+        self.act = ACT2FN[config.hidden_act]
+        self.norm = build_norm(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.act(self.dense(hidden_states)))
+
+
+def masked_lm_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """
+    Cross-entropy in nats over the labels that are not -100: their mean, or their sum over `num_items_in_batch`.
+
+    The library's own loss casts to fp32; this one casts up to it, and leaves float64 as it is.
+    """
+    logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+@auto_docstring(
+    custom_intro="""
+    The crammed BERT with a masked language modeling head.
+
+    While training with `masked_positions` the logits are computed at those positions only, and none are returned.
+    """
+)
+class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
+    _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__(config)
+        self.model = CrammedBertModel(config)
+        self.head = CrammedBertPredictionHead(config) if config.prediction_head else nn.Identity()
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder = new_embeddings
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        masked_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor] | MaskedLMOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict; -100 is ignored.
+        masked_positions (`torch.LongTensor` of shape `(batch_size, masked_tokens)`, *optional*):
+            Where in each row a label stands. Read while training only; the output then holds the loss and no logits.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        sparse = self.training and labels is not None and masked_positions is not None
+        if sparse:
+            rows = torch.arange(hidden_states.shape[0], device=hidden_states.device).unsqueeze(1)
+            hidden_states = hidden_states[rows, masked_positions]  # (B, K, H)
+            labels = labels[rows, masked_positions]  # (B, K)
+        logits = self.decoder(self.head(hidden_states))  # (B, K, V) or (B, L, V)
+        loss = None
+        if labels is not None:
+            loss = masked_lm_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return MaskedLMOutput(
+            loss=loss,
+            logits=None if sparse else logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class CrammedBertClassificationHead(nn.Module):
+    """Dense layer, activation and dropout before a classifier (paper: H -> 1024, tanh)."""
+
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.classifier_hidden_size)
+        self.act = ACT2FN[config.classifier_activation]
+        self.dropout = nn.Dropout(config.classifier_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.act(self.dense(hidden_states)))
+
+
+class CrammedBertClassifier(nn.Linear):
+    """
+    A linear layer whose single output, if it has but one, does not depend on where its weight lies in memory.
+
+    The matrix-vector kernels sum in an order that follows the alignment of the weight, which a loaded checkpoint
+    does not share with the model that was saved: scores would differ in the last bit.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.out_features == 1:
+            return (hidden_states * self.weight).sum(-1, keepdim=True) + self.bias
+        return super().forward(hidden_states)
+
+
+def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, classifier_pooling: str) -> torch.Tensor:
+    """One vector a sequence: its first token's, or the mean over the tokens that are not padding. (B, L, H) -> (B, H)"""
+    if classifier_pooling == "cls":
+        return hidden_states[:, 0]
+    if attention_mask is None:
+        return hidden_states.mean(dim=1)
+    kept = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (B, L, 1)
+    return (hidden_states * kept).sum(dim=1) / kept.sum(dim=1)
+
+
+@auto_docstring(
+    custom_intro="""
+    The crammed BERT with a classification or regression head on top of the pooled sequence.
+    """
+)
+class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = CrammedBertModel(config)
+        self.head = CrammedBertClassificationHead(config)
+        self.classifier = CrammedBertClassifier(config.classifier_hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor] | SequenceClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Classes (long), several classes at once (float matrix), or with one label the values of a regression.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)  # (B, H)
+        logits = self.classifier(self.head(pooled))  # (B, num_labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    The crammed BERT with a classifier on every token, e.g. for named entity recognition.
+    """
+)
+class CrammedBertForTokenClassification(CrammedBertPreTrainedModel):
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = CrammedBertModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor] | TokenClassifierOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Class of each token; -100 is ignored.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (B, L, num_labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    The crammed BERT with a span head for extractive question answering.
+    """
+)
+class CrammedBertForQuestionAnswering(CrammedBertPreTrainedModel):
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__(config)
+        self.model = CrammedBertModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor] | QuestionAnsweringModelOutput:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))  # (B, L, 2)
+        start_logits, end_logits = (part.contiguous() for part in logits.unbind(dim=-1))  # each (B, L)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def flatten_choices(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, choices, ...) -> (B * choices, ...)"""
+    return None if tensor is None else tensor.flatten(0, 1)
+
+
+@auto_docstring(
+    custom_intro="""
+    The crammed BERT with a multiple choice head: one score for each choice, a softmax over them.
+    """
+)
+class CrammedBertForMultipleChoice(CrammedBertPreTrainedModel):
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__(config)
+        self.model = CrammedBertModel(config)
+        self.head = CrammedBertClassificationHead(config)
+        self.classifier = CrammedBertClassifier(config.classifier_hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor] | MultipleChoiceModelOutput:
+        r"""
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`):
+            Every other input has the same two leading dimensions.
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Index of the right choice.
+        """
+        num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        attention_mask = flatten_choices(attention_mask)
+        outputs = self.model(
+            input_ids=flatten_choices(input_ids),
+            attention_mask=attention_mask,
+            token_type_ids=flatten_choices(token_type_ids),
+            position_ids=flatten_choices(position_ids),
+            inputs_embeds=flatten_choices(inputs_embeds),
+            **kwargs,
+        )
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)  # (B * choices, H)
+        logits = self.classifier(self.head(pooled)).view(-1, num_choices)  # (B, choices)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "CrammedBertForMaskedLM",
+    "CrammedBertForMultipleChoice",
+    "CrammedBertForQuestionAnswering",
+    "CrammedBertForSequenceClassification",
+    "CrammedBertForTokenClassification",
+    "CrammedBertModel",
+    "CrammedBertPreTrainedModel",
+]

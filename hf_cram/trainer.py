@@ -1,0 +1,656 @@
+"""The Trainer that obeys a clock."""
+
+import contextlib
+import logging
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy, TrainOutput, seed_worker
+
+from .budget import BudgetClock, BudgetFollower, BudgetLRScheduler, Interval, build_lr_schedule, ramped_batch_size
+from .callbacks import BudgetProgress, BudgetProgressCallback
+from .checkpointing import (
+    STAGING_NAME,
+    CheckpointError,
+    Heartbeat,
+    RunState,
+    clear_staging,
+    last_checkpoint,
+    move_earlier_run_aside,
+    publish_checkpoint,
+    publish_files,
+    read_clock,
+    rotate,
+    save_errors,
+)
+from .hardware import bf16_is_faster, compile_pays_off, largest_linear_shape, measure_matmul_flops, training_flops
+from .optimization import decayed_parameter_names
+from .training_args import CramTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+UNLIMITED_STEPS = 2**31 - 1
+ENDLESS_EPOCHS = 2**53  # the stream of rows has no end
+# A forward pass over a held-out row against a training step over a row, with the logits of all its tokens: a guess on
+# the safe side, used until the first evaluation has been timed.
+EVALUATION_SHARE = 0.7
+SAVING_BYTES_PER_SECOND = 100e6
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+class RowStream(Dataset):
+    """
+    An endless stream of rows: position p is row p % n of pass p // n over a dataset of n rows, each pass in an order
+    of its own (or in the dataset's, with `shuffle=False`). A dataset with `set_epoch` is told the pass.
+    """
+
+    def __init__(self, dataset: Dataset, shuffle: bool, seed: int):
+        self.dataset = dataset
+        self.shuffle = shuffle
+        self.seed = seed
+        self.num_rows = len(dataset)  # type: ignore[arg-type]
+        self._order: np.ndarray | None = None
+        self._order_epoch = -1
+
+    def __getitem__(self, position: int) -> Any:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+        rows: list[Any] = []
+        for epoch in range(positions[0] // self.num_rows, positions[-1] // self.num_rows + 1):
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            indices = [p % self.num_rows for p in positions if p // self.num_rows == epoch]
+            if self.shuffle:
+                indices = self._shuffled(epoch)[indices].tolist()
+            if hasattr(self.dataset, "__getitems__"):
+                rows.extend(self.dataset.__getitems__(indices))
+            else:
+                rows.extend(self.dataset[index] for index in indices)
+        return rows
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order_epoch != epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
+            self._order_epoch = epoch
+        return self._order
+
+
+class BudgetBatchSampler(Sampler[list[int]]):
+    """
+    Yields this process's positions of one optimiser step after the other, without end.
+
+    The step's rows are a contiguous stretch of the stream, cut into one part a process: which rows a step sees does
+    not depend on the number of processes.
+    """
+
+    def __init__(self, batch_rows: Callable[[], int], first_position: int, process_index: int, num_processes: int):
+        self.batch_rows = batch_rows
+        self.first_position = first_position
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.first_position
+        while True:
+            rows = self.batch_rows()
+            share = rows // self.num_processes
+            start = position + self.process_index * share
+            yield list(range(start, start + share))
+            position += rows
+
+
+@contextlib.contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Leave Python's, numpy's and torch's random states as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+
+
+class ClockCallback(TrainerCallback):
+    """Hands the end of each step to the trainer, after the Trainer's own callbacks have set their flags."""
+
+    def __init__(self, end_step: Callable[[TrainerControl], None]):
+        self.end_step = end_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.end_step(control)
+
+
+class CramTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] under a wall-clock budget, for any model and any collator.
+
+    The clock starts with [`train`] (what `__init__` measures is added) and counts all until the last step: compiling,
+    data, evaluating, saving. Learning rate and batch size follow it, and so does everything in `followers`. The run
+    stops at the first step that ends beyond the budget.
+
+    Args beyond the Trainer's:
+        followers: objects with `follow_budget(fraction) -> dict`, told the used fraction after every step (a collator
+            with mask rates in phases, say); what they return is logged.
+        eval_data_collator: collator of the evaluation rows; default: `data_collator`.
+        time_function: seconds from any origin, `time.monotonic` by default.
+
+    The collator returns a dict of tensors whose first dimension is the rows; `per_device_train_batch_size` rows at a
+    time go through the model. The training dataset is map-style, so that a resumed run finds its next unseen row.
+
+    Raises [`CheckpointError`] where saving or resuming fails and [`NonFiniteError`] where the loss stays non-finite;
+    `interrupted_by` holds the signal after a run that SIGTERM or SIGINT stopped.
+    """
+
+    args: CramTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: CramTrainingArguments,
+        *,
+        followers: Sequence[BudgetFollower] = (),
+        eval_data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        time_function: Callable[[], float] = time.monotonic,
+        **kwargs: Any,
+    ):
+        train_dataset = kwargs.get("train_dataset")
+        if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
+            raise ValueError("CramTrainer needs a map-style training dataset with a length, to resume where it was")
+        if len(train_dataset) == 0:
+            raise ValueError("The training dataset is empty")
+        started = time_function()
+        self._choose_precision(model, args)
+        self.matmul_peak = measure_matmul_flops(
+            args.device, torch.bfloat16 if args.bf16 else torch.float32, largest_linear_shape(model)
+        )
+        self._choose_compile(model, args)
+        self._setup_seconds = time_function() - started
+
+        super().__init__(model=model, args=args, **kwargs)
+        self.clock = BudgetClock(args.time_budget_seconds, time_function)
+        self.run_state = RunState()
+        self.followers = list(followers)
+        self.eval_data_collator = eval_data_collator
+        self.interrupted_by: signal.Signals | None = None
+        self._elapsed_seconds = 0.0
+        self._clock_fraction = 0.0
+        self._follower_logs: dict[str, float] = {}
+        self._nonfinite_in_a_row = 0
+        self._step_loss: torch.Tensor | None = None
+        self._row_flops = 0.0
+        self._eval_seconds: float | None = None
+        self._save_seconds: float | None = None
+        self._session_start = (0.0, 0, 0)
+        self._last_log = (0.0, 0, 0)
+        self._is_staging = False
+        self._intervals = {
+            name: Interval(text)
+            for name, text in (
+                ("should_log", args.logging_interval),
+                ("should_evaluate", args.eval_interval),
+                ("should_save", args.save_interval),
+            )
+            if text is not None
+        }
+        self.add_callback(ClockCallback(self._end_step))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(BudgetProgressCallback(self.progress))
+
+    # ---- What the hardware is good for ----
+
+    @staticmethod
+    def _choose_precision(model: PreTrainedModel, args: CramTrainingArguments) -> None:
+        """Decide `args.bf16` where it is open; the launcher's `--mixed_precision` counts as told."""
+        if args.bf16 is None and not args.fp16 and args.mixed_precision == "no":
+            decision = [bf16_is_faster(args.device, largest_linear_shape(model)) if args.process_index == 0 else None]
+            args.bf16 = broadcast_object_list(decision)[0]
+            logger.info("bf16 autocast is %s than fp32 here", "faster" if args.bf16 else "not faster")
+        args.bf16 = bool(args.bf16) or args.mixed_precision == "bf16"
+        args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+
+    @staticmethod
+    def _choose_compile(model: PreTrainedModel, args: CramTrainingArguments) -> None:
+        if args.torch_compile is None:
+            args.torch_compile = compile_pays_off(model, args.device, args.time_budget_seconds)
+            args.torch_compile_backend = "inductor" if args.torch_compile else None
+            logger.info("torch.compile is %s", "used" if args.torch_compile else "not used")
+
+    # ---- The clock ----
+
+    @property
+    def budget_fraction(self) -> float:
+        """Used share of the run, 0 to 1: of the time budget or of `max_steps`, whichever is larger."""
+        return min(1.0, max(self._clock_fraction, self._step_fraction))
+
+    @property
+    def _step_fraction(self) -> float:
+        return self.state.global_step / self.args.max_steps if self.args.max_steps > 0 else 0.0
+
+    def _read_clock(self) -> None:
+        """Take over rank 0's clock and signals, on every process alike: local clocks would part the ranks."""
+        values = [self.clock.elapsed_seconds, float(self.interrupted_by or 0)]
+        if self.args.world_size > 1:
+            shared = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+            if self.args.process_index != 0:
+                shared[0] = 0.0
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+            values = shared.tolist()
+        self._elapsed_seconds = values[0]
+        self.interrupted_by = signal.Signals(int(values[1])) if values[1] else None
+        budget = self.clock.time_budget_seconds
+        self._clock_fraction = 0.0 if budget is None else self._elapsed_seconds / budget
+
+    def _follow(self) -> None:
+        """Tell everything that follows the clock where it stands."""
+        self._follower_logs = {}
+        for follower in (self.lr_scheduler, *self.followers):
+            self._follower_logs.update(follower.follow_budget(self.budget_fraction))
+
+    def _end_step(self, control: TrainerControl) -> None:
+        """After each optimiser step: read the clock, adapt the schedules, decide what comes next."""
+        self._read_clock()
+        self.run_state.elapsed_seconds = self._elapsed_seconds
+        self.state.epoch = self.run_state.rows_seen / len(self.train_dataset)
+        self._follow()
+        budget = self.clock.time_budget_seconds
+        is_over = control.should_training_stop or (budget is not None and self._elapsed_seconds >= budget)
+        if is_over or self.interrupted_by is not None:
+            self.clock.stop()
+            control.should_training_stop = control.should_log = True
+            control.should_evaluate = False  # the caller's, after the clock
+            control.should_save = self._saves_checkpoints or self.interrupted_by is not None
+            return
+        for flag, interval in self._intervals.items():
+            if interval.due(self._elapsed_seconds, self.budget_fraction):
+                setattr(control, flag, True)
+        self._drop_what_does_not_fit(control)
+
+    @property
+    def _saves_checkpoints(self) -> bool:
+        return self.args.save_interval is not None or self.args.save_strategy != SaveStrategy.NO
+
+    def _drop_what_does_not_fit(self, control: TrainerControl) -> None:
+        """Do not start an evaluation or a save that would end beyond the budget, as far as can be foreseen."""
+        if self.clock.time_budget_seconds is None or not (control.should_evaluate or control.should_save):
+            return
+        seconds_left = self.clock.time_budget_seconds - self._elapsed_seconds
+        decisions = [False, False]
+        if self.args.process_index == 0:
+            eval_seconds = self._expected_eval_seconds() if control.should_evaluate else 0.0
+            fits_eval = control.should_evaluate and eval_seconds <= seconds_left
+            seconds_left -= eval_seconds if fits_eval else 0.0
+            decisions = [fits_eval, control.should_save and self._expected_save_seconds() <= seconds_left]
+        control.should_evaluate, control.should_save = broadcast_object_list(decisions)
+
+    def _expected_eval_seconds(self) -> float:
+        if self._eval_seconds is not None or self.eval_dataset is None:
+            return self._eval_seconds or 0.0
+        start_seconds, start_rows, _ = self._session_start
+        seconds_per_row = (self._elapsed_seconds - start_seconds) / max(1, self.run_state.rows_seen - start_rows)
+        return EVALUATION_SHARE * seconds_per_row * len(self.eval_dataset)
+
+    def _expected_save_seconds(self) -> float:
+        if self._save_seconds is not None:
+            return self._save_seconds
+        # Weights and two moments of the optimiser.
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        return 3 * weights / SAVING_BYTES_PER_SECOND
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """
+        Train until the budget is used up.
+
+        `resume_from_checkpoint` is a folder, or `True` for the last complete checkpoint in the output folder; without
+        one the run starts over, and what it has used of the clock stays used. A new run in a folder that holds an
+        earlier one moves that aside, to `<output_dir>.previous-N`.
+        """
+        checkpoint = self._open_run(resume_from_checkpoint)
+        torch.set_flush_denormal(True)  # denormal gradients slow a CPU down many times
+        self.clock.start(self.run_state.elapsed_seconds + self._setup_seconds)
+        self._row_flops = self._measure_row_flops()
+        heartbeat = (
+            Heartbeat(Path(self.args.output_dir), self._heartbeat_values)
+            if self.args.process_index == 0
+            else contextlib.nullcontext()
+        )
+        with heartbeat, self._signals():
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+
+    def _open_run(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """Find the checkpoint and the clock to continue from, or make room for a new run."""
+        output_dir = Path(self.args.output_dir)
+        checkpoint: Path | None = None
+        is_main = self.args.process_index == 0
+        if resume_from_checkpoint:
+            checkpoint = (
+                last_checkpoint(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            )
+            clock = read_clock(output_dir)
+            if checkpoint is not None:
+                self.run_state = RunState.load(checkpoint)
+            elif clock is not None:
+                self.run_state = RunState(run_id=clock["run_id"])
+            if checkpoint is None and is_main:
+                logger.warning("There is no complete checkpoint in %s: the run starts at its first step", output_dir)
+            # The time between the last checkpoint and a kill was used as well.
+            if clock is not None and clock["run_id"] == self.run_state.run_id:
+                self.run_state.elapsed_seconds = max(self.run_state.elapsed_seconds, clock["elapsed_seconds"])
+        elif is_main:
+            moved = move_earlier_run_aside(output_dir)
+            if moved is not None:
+                logger.warning("The earlier run in %s was moved to %s", output_dir, moved)
+        self.accelerator.wait_for_everyone()
+        if is_main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            clear_staging(output_dir)
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def _heartbeat_values(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_state.run_id,
+            "elapsed_seconds": self.clock.elapsed_seconds,
+            "time_budget_seconds": self.clock.time_budget_seconds,
+        }
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """On SIGTERM or Ctrl-C, end after the current step with a checkpoint; a second Ctrl-C ends at once."""
+
+        def remember(number: int, _: Any) -> None:
+            self.interrupted_by = signal.Signals(number)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _measure_row_flops(self) -> float:
+        """FLOPs of one training row, counted on one micro-batch of one row."""
+        with keep_random_state():
+            stream = self._row_stream()
+            batch = self._prepare_inputs(self.data_collator([stream[0]]))
+            return float(training_flops(self.model, batch))
+
+    def _row_stream(self) -> RowStream:
+        shuffle = self.args.train_sampling_strategy == "random"
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return RowStream(self.train_dataset, shuffle, seed)
+
+    def _batch_rows(self) -> int:
+        args = self.args
+        return ramped_batch_size(
+            self.budget_fraction, args.smallest_batch_rows, args.largest_batch_rows, args.batch_ramp_until
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Not prepared by accelerate: the sampler cuts the stream for each process, and one batch is one step.
+        sampler = BudgetBatchSampler(
+            self._batch_rows, self.run_state.rows_seen, self.args.process_index, self.args.world_size
+        )
+        seeding = (
+            {
+                "worker_init_fn": lambda worker: seed_worker(
+                    worker, self.args.dataloader_num_workers, self.args.process_index
+                )
+            }
+            if self.args.dataloader_num_workers
+            else {}
+        )
+        return DataLoader(
+            self._row_stream(),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            # A generator of its own: the loader's draw must not move the restored random state of a resumed run.
+            generator=torch.Generator().manual_seed(self.args.seed),
+            **seeding,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        training_collator = self.data_collator
+        self.data_collator = self.eval_data_collator or training_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        # The loader is endless; without a step limit the clock alone ends the run.
+        steps = args.max_steps if args.max_steps > 0 else UNLIMITED_STEPS
+        rows = steps * self.args.largest_batch_rows
+        return ENDLESS_EPOCHS, steps, rows, rows, self.args.largest_batch_rows, steps, steps
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> BudgetLRScheduler:
+        if self.lr_scheduler is None:
+            factor = build_lr_schedule(self.args.lr_schedule, self.args.lr_schedule_shape)
+            optimizer = self.optimizer if optimizer is None else optimizer
+            # accelerate's wrapper is no torch Optimizer
+            self.lr_scheduler = BudgetLRScheduler(getattr(optimizer, "optimizer", optimizer), factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed_parameter_names(model)
+
+    def _run_epoch(self, model: nn.Module, **kwargs: Any) -> None:  # type: ignore[override]
+        self._read_clock()
+        self._follow()
+        self._session_start = self._last_log = self._counts()
+        for interval in self._intervals.values():
+            interval.skip_to(self._elapsed_seconds, self.budget_fraction)
+        if self.budget_fraction >= 1:
+            logger.warning("The budget of this run is used up: no step is taken")
+            self.clock.stop()
+            self.control.should_training_stop = True
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            return
+        super()._run_epoch(model=model, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One optimiser step's rows: forward and backward, one micro-batch after the other. Returns the loss."""
+        rows = len(next(iter(inputs.values())))
+        size = self.args.per_device_train_batch_size
+        starts = range(0, rows, size)
+        self.current_gradient_accumulation_steps = len(starts)
+        loss = torch.zeros((), device=self.args.device)
+        for start in starts:
+            is_last = start + size >= rows
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                micro_batch = {name: tensor[start : start + size] for name, tensor in inputs.items()}
+                loss = loss + super().training_step(model, micro_batch, num_items_in_batch)
+        self._step_loss = loss
+        self.run_state.rows_seen += rows * self.args.world_size
+        if self._counts_tokens:
+            self.run_state.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        return loss
+
+    @property
+    def _counts_tokens(self) -> bool:
+        return self.model.main_input_name == "input_ids"
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
+        return self._row_flops * len(next(iter(inputs.values())))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        finite = torch.isfinite(torch.as_tensor(grad_norm)).all() & torch.isfinite(self._step_loss).all()
+        if self.args.world_size > 1:
+            flag = finite.to(self.args.device, torch.int32)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+            finite = flag.bool()
+        if finite:
+            self._nonfinite_in_a_row = 0
+            return grad_norm
+        # Without gradients the optimiser leaves weights and moments as they are.
+        model.zero_grad(set_to_none=True)
+        self._nonfinite_in_a_row += 1
+        self.run_state.skipped_steps += 1
+        logger.warning("Step %d skipped: its loss or gradient is not finite", self.state.global_step + 1)
+        if self._nonfinite_in_a_row >= self.args.max_nonfinite_steps:
+            self._give_up()
+        return grad_norm
+
+    def _give_up(self) -> None:
+        """The weights are still those of the last good step: save them and stop."""
+        self._save_checkpoint(self.model, trial=None)
+        raise NonFiniteError(
+            f"{self._nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite. The weights before "
+            f"them are in {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}: lower learning_rate "
+            "or max_grad_norm, or use bf16: false, and continue with --resume_from_checkpoint true"
+        )
+
+    # ---- Evaluating, saving, resuming ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        started = time.monotonic()
+        with keep_random_state():
+            metrics = super().evaluate(*args, **kwargs)
+        self._eval_seconds = max(self._eval_seconds or 0.0, time.monotonic() - started)
+        return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        output_dir = super()._get_output_dir(trial)
+        return str(Path(output_dir) / STAGING_NAME) if self._is_staging else output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside its place and move it there when it is whole."""
+        started = time.monotonic()
+        output_dir = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._is_staging = True
+        try:
+            with save_errors(output_dir / name):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.run_state.elapsed_seconds = self.clock.elapsed_seconds
+                    staged = output_dir / STAGING_NAME / name
+                    self.run_state.save(staged)
+                    publish_checkpoint(staged, output_dir)
+                    rotate(output_dir, self.args.save_total_limit)
+        finally:
+            self._is_staging = False
+            if self.args.should_save:
+                clear_staging(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
+        self._save_seconds = max(self._save_seconds or 0.0, time.monotonic() - started)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_staging:  # never a half-written one
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model, tokenizer and arguments into the output folder; each file is whole or the old one."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        target = Path(output_dir or self.args.output_dir)
+        staged = target / STAGING_NAME / "model"
+        with save_errors(target):
+            super().save_model(str(staged), _internal_call=True)
+            if self.args.should_save:
+                publish_files(staged, target)
+                clear_staging(target)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # ---- Progress ----
+
+    def _counts(self) -> tuple[float, int, int]:
+        return self._elapsed_seconds, self.run_state.rows_seen, self.run_state.tokens_seen
+
+    def progress(self) -> BudgetProgress:
+        """Where the run stands; rates are of this session."""
+        seconds, rows, tokens = (now - then for now, then in zip(self._counts(), self._session_start, strict=True))
+        units = tokens if self._counts_tokens else rows
+        rate = units / seconds if seconds > 0 else 0.0
+        seen = self.run_state.tokens_seen if self._counts_tokens else self.run_state.rows_seen
+        fraction = self.budget_fraction
+        return BudgetProgress(
+            elapsed_seconds=self._elapsed_seconds,
+            time_budget_seconds=self.clock.time_budget_seconds,
+            fraction=fraction,
+            unit="tokens" if self._counts_tokens else "samples",
+            units_seen=seen,
+            units_per_second=rate,
+            estimated_units=seen + rate * seconds_left(self._elapsed_seconds, fraction) if fraction > 0 else None,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        seconds, rows, tokens = (now - then for now, then in zip(self._counts(), self._last_log, strict=True))
+        logs["elapsed_seconds"] = self._elapsed_seconds
+        logs["samples_seen"] = self.run_state.rows_seen
+        if self._counts_tokens:
+            logs["tokens_seen"] = self.run_state.tokens_seen
+        if "loss" in logs and seconds > 0:
+            if self._counts_tokens:
+                logs["tokens_per_second"] = tokens / seconds
+            logs["samples_per_second"] = rows / seconds
+            flops = rows * self._row_flops / seconds / self.args.world_size
+            logs["model_flops_per_second"] = flops * self.args.world_size
+            logs["matmul_peak_share"] = flops / self.matmul_peak
+            logs["batch_rows"] = self._batch_rows()
+            logs["skipped_steps"] = self.run_state.skipped_steps
+            logs.update(self._follower_logs)
+            self._last_log = self._counts()
+        super().log(logs, start_time)
+
+    def budget_metrics(self) -> dict[str, float]:
+        """What the run used and saw, over all its sessions, for `all_results.json`."""
+        seconds = self.run_state.elapsed_seconds
+        metrics: dict[str, float] = {
+            "train_seconds": seconds,
+            "samples_seen": self.run_state.rows_seen,
+            "samples_per_second": self.run_state.rows_seen / seconds if seconds > 0 else 0.0,
+            "skipped_steps": self.run_state.skipped_steps,
+            "optimizer_steps": self.state.global_step,
+            "matmul_peak_flops_per_second": self.matmul_peak,
+            "training_flops": self.run_state.rows_seen * self._row_flops,
+        }
+        if self._counts_tokens:
+            metrics["tokens_seen"] = self.run_state.tokens_seen
+            metrics["tokens_per_second"] = self.run_state.tokens_seen / seconds if seconds > 0 else 0.0
+        if self.clock.time_budget_seconds is not None:
+            metrics["time_budget_seconds"] = self.clock.time_budget_seconds
+        return metrics
+
+
+def seconds_left(elapsed_seconds: float, fraction: float) -> float:
+    """Seconds until the end of a run that took `elapsed_seconds` for `fraction` of itself."""
+    return elapsed_seconds * (1 - fraction) / fraction
+
+
+__all__ = ["CheckpointError", "CramTrainer", "NonFiniteError"]

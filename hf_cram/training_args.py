@@ -1,0 +1,138 @@
+"""Arguments of a budgeted training run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from .budget import Interval, build_lr_schedule, parse_duration
+
+
+@dataclass
+class CramTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with a wall-clock budget. At least one of `time_budget` and `max_steps` is set;
+    where both are, the run ends at whichever comes first, and what is scheduled follows the larger of the two used
+    shares. `per_device_train_batch_size` is the micro-batch; optimiser steps accumulate micro-batches.
+    """
+
+    time_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Wall-clock time from the start of training, compiling, evaluating and saving included: '24h', "
+            "'90m', '600s' or seconds."
+        },
+    )
+    lr_schedule: str = field(
+        default="triangle2",
+        metadata={
+            "help": "Learning rate over the budget: triangle2 (the paper), linear, cosine, flat_then_linear, one_cycle "
+            "or constant. Its shape goes into lr_scheduler_kwargs, in fractions of the budget."
+        },
+    )
+    train_batch_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimiser step over all processes, a multiple of per_device_train_batch_size x "
+            "processes; default: that product."
+        },
+    )
+    batch_ramp_until: float = field(
+        default=0.0,
+        metadata={
+            "help": "Fraction of the budget at which the batch, growing linearly from one micro-batch a process, "
+            "reaches train_batch_rows (paper: 0.6); 0 starts with the full batch."
+        },
+    )
+    logging_interval: str | None = field(
+        default=None, metadata={"help": "Log every '1%' of the budget, or every '30s' of the clock."}
+    )
+    eval_interval: str | None = field(
+        default=None, metadata={"help": "Evaluate every '10%' of the budget, or every '30m' of the clock."}
+    )
+    save_interval: str | None = field(
+        default=None, metadata={"help": "Save a checkpoint every '10%' of the budget, or every '30m' of the clock."}
+    )
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={"help": "Steps in a row with a loss or gradient that is not finite before the run stops."},
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bf16 autocast; default: whichever a two-second measurement finds faster."}
+    )
+    torch_compile: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Compile the model; default: where it can pay off inside the budget."}
+    )
+    save_strategy: SaveStrategy | str = field(
+        default="no", metadata={"help": "Save by steps or epochs instead of save_interval."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_strategy: IntervalStrategy | str = field(
+        default="no", metadata={"help": "Log by steps or epochs instead of logging_interval."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop columns the model does not take before the collator sees them."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for parameters without gradient in data-parallel runs (slow)."}
+    )
+
+    def __post_init__(self) -> None:
+        self.time_budget_seconds: float | None = None
+        if self.time_budget is not None:
+            self.time_budget_seconds = parse_duration(self.time_budget)
+        elif self.max_steps <= 0:
+            raise ValueError("Nothing ends the run: set time_budget (for example '10m') or max_steps")
+        self._check_fields()
+        # Read once here: the coercions below must not change them, and a wrong interval is an error at start.
+        for name in ("logging_interval", "eval_interval", "save_interval"):
+            if getattr(self, name) is not None:
+                Interval(getattr(self, name))
+        if self.eval_interval is not None:
+            self.do_eval = True
+        # The batch sampler continues at the next unseen row by itself.
+        self.ignore_data_skip = True
+        super().__post_init__()
+        build_lr_schedule(self.lr_schedule, self.lr_schedule_shape)
+        self._check_batch()
+
+    @property
+    def lr_schedule_shape(self) -> dict[str, Any]:
+        """Shape parameters of `lr_schedule`."""
+        return dict(self.lr_scheduler_kwargs) if isinstance(self.lr_scheduler_kwargs, dict) else {}
+
+    @property
+    def smallest_batch_rows(self) -> int:
+        """Rows of one micro-batch on every process."""
+        return self.per_device_train_batch_size * self.world_size
+
+    @property
+    def largest_batch_rows(self) -> int:
+        """Rows of a full optimiser step over all processes."""
+        return self.train_batch_rows or self.smallest_batch_rows
+
+    def _check_fields(self) -> None:
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "gradient_accumulation_steps follows from train_batch_rows here: set train_batch_rows instead"
+            )
+        if self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end has no place under a budget: the last model is the result")
+        if self.hub_token is not None:
+            raise ValueError("hub_token would be written to training_args.bin: set HF_TOKEN or log in instead")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size restarts training inside the clock: set per_device_train_batch_size"
+            )
+        if not 0 <= self.batch_ramp_until <= 1:
+            raise ValueError(f"batch_ramp_until is a fraction of the budget from 0 to 1, got {self.batch_ramp_until}")
+        if self.max_nonfinite_steps < 1:
+            raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}")
+
+    def _check_batch(self) -> None:
+        if self.largest_batch_rows % self.smallest_batch_rows:
+            raise ValueError(
+                f"train_batch_rows ({self.train_batch_rows}) must be a multiple of {self.smallest_batch_rows} "
+                f"(per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes)"
+            )

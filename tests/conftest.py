@@ -1,0 +1,89 @@
+"""Small things that every test may share: a configuration, a tokenizer trained in-process, rows."""
+
+import os
+import sys
+from pathlib import Path
+
+# No test reaches a network, whatever the machine's settings: read at import by the Hugging Face libraries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_cram import CrammedBertConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+VOCAB_SIZE = 105
+
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture
+def tiny_config() -> CrammedBertConfig:
+    return CrammedBertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        classifier_hidden_size=24,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    words = [*special.values(), *(f"w{index}" for index in range(VOCAB_SIZE - len(special)))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Packed rows in memory: the shape of a prepared corpus."""
+
+    def __init__(self, count: int, length: int = 16, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        # Each row walks in steps of one through the words, so that there is something to learn.
+        starts = rng.integers(0, VOCAB_SIZE - 5, (count, 1))
+        self.rows = (starts + np.arange(length)) % (VOCAB_SIZE - 5) + 5
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"input_ids": self.rows[index]}
+
+
+@pytest.fixture(scope="session")
+def rows() -> Rows:
+    return Rows(64)
+
+
+@pytest.fixture
+def python_environment() -> dict[str, str]:
+    """Environment of a fresh Python process that imports the package from this checkout."""
+    path = os.pathsep.join([str(REPOSITORY), *sys.path[1:]])
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,522 @@
+"""The model against a plain reference, its switches, its loading and its manners."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SHARED, VOCAB_SIZE
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+import hf_cram
+from hf_cram import (
+    CrammedBertConfig,
+    CrammedBertForMaskedLM,
+    CrammedBertForMultipleChoice,
+    CrammedBertForQuestionAnswering,
+    CrammedBertForSequenceClassification,
+    CrammedBertForTokenClassification,
+    CrammedBertModel,
+)
+
+HEADS = (
+    CrammedBertModel,
+    CrammedBertForMaskedLM,
+    CrammedBertForSequenceClassification,
+    CrammedBertForTokenClassification,
+    CrammedBertForQuestionAnswering,
+    CrammedBertForMultipleChoice,
+)
+# One finding of the paper each, turned back alone.
+SWITCHES = {
+    "num_attention_heads": 2,
+    "qkv_bias": True,
+    "linear_bias": True,
+    "decoder_bias": True,
+    "norm_scheme": "post",
+    "final_norm": False,
+    "embedding_norm": False,
+    "norm_type": "rms_norm",
+    "gated_linear_unit": False,
+    "prediction_head": True,
+    "tie_word_embeddings": False,
+    "type_vocab_size": 2,
+    "intermediate_size": 96,
+    "hidden_act": "relu",
+}
+POSITIONS = ("scaled_sinusoidal", "sinusoidal", "learned", "rotary")
+
+
+def reference_norm(x, module, config):
+    if config.norm_type == "rms_norm":
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.norm_eps) * module.weight
+    centred = x - x.mean(-1, keepdim=True)
+    return (
+        centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + config.norm_eps) * module.weight
+        + module.bias
+    )
+
+
+def reference_linear(x, module):
+    return x @ module.weight.T + (0 if module.bias is None else module.bias)
+
+
+def reference_loss(model, input_ids, labels):
+    """The masked-LM loss written out, sequence by sequence, head by head."""
+    config, body = model.config, model.model
+    act = {"gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))), "relu": torch.relu}[config.hidden_act]
+    norm = lambda x, module: x if isinstance(module, nn.Identity) else reference_norm(x, module, config)  # noqa: E731
+    head_size, total, count = config.hidden_size // config.num_attention_heads, 0.0, 0
+    for ids, row_labels in zip(input_ids, labels, strict=True):
+        x = body.embeddings.word_embeddings.weight[ids]
+        kind = config.position_embedding_type
+        if "sinusoidal" in kind:
+            table = torch.zeros(len(ids), config.hidden_size, dtype=x.dtype)
+            for position in range(len(ids)):
+                for index in range(0, config.hidden_size, 2):
+                    angle = position / 10000 ** (index / config.hidden_size)
+                    table[position, index], table[position, index + 1] = math.sin(angle), math.cos(angle)
+            scale = body.embeddings.position_embeddings.scale_factor if kind == "scaled_sinusoidal" else 1.0
+            x = x + scale * table
+        elif kind == "learned":
+            x = x + body.embeddings.position_embeddings.weight[: len(ids)]
+        if config.type_vocab_size:
+            x = x + body.embeddings.token_type_embeddings.weight[0]
+        x = norm(x, body.embeddings.norm)
+        for layer in body.layers:
+            y = norm(x, layer.attention_norm) if config.norm_scheme == "pre" else x
+            qkv = reference_linear(y, layer.attention.query_key_value)
+            heads = []
+            for head in range(config.num_attention_heads):
+                part = slice(head * head_size, (head + 1) * head_size)
+                q, k, v = (qkv[:, i * config.hidden_size : (i + 1) * config.hidden_size][:, part] for i in range(3))
+                if kind == "rotary":
+                    q, k = reference_rotate(q, config), reference_rotate(k, config)
+                scores = q @ k.T / math.sqrt(head_size)
+                weights = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
+                heads.append(weights @ v)
+            x = x + reference_linear(torch.cat(heads, -1), layer.attention.dense)
+            if config.norm_scheme == "post":
+                x = norm(x, layer.attention_norm)
+            y = norm(x, layer.mlp_norm) if config.norm_scheme == "pre" else x
+            inner = reference_linear(y, layer.mlp.dense_in)
+            if config.gated_linear_unit:
+                half = config.intermediate_size // 2
+                inner = inner[:, :half] * act(inner[:, half:])
+            else:
+                inner = act(inner)
+            x = x + reference_linear(inner, layer.mlp.dense_out)
+            if config.norm_scheme == "post":
+                x = norm(x, layer.mlp_norm)
+        x = norm(x, body.final_norm)
+        if config.prediction_head:
+            x = norm(act(reference_linear(x, model.head.dense)), model.head.norm)
+        log_probs = torch.log_softmax(reference_linear(x, model.decoder), -1)
+        for position, label in enumerate(row_labels.tolist()):
+            if label != -100:
+                total, count = total - log_probs[position, label], count + 1
+    return total / count
+
+
+def reference_rotate(x, config):
+    size, half = x.shape[-1], x.shape[-1] // 2
+    columns = []
+    for index in range(half):
+        angle = torch.arange(len(x), dtype=x.dtype) / config.rotary_base ** (2 * index / size)
+        a, b = x[:, index], x[:, index + half]
+        columns.append((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
+    return torch.stack([pair[0] for pair in columns] + [pair[1] for pair in columns], -1)
+
+
+def masked_batch(rows=3, length=16, masked=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, VOCAB_SIZE, (rows, length), generator=generator)
+    positions = torch.stack([torch.randperm(length, generator=generator)[:masked].sort().values for _ in range(rows)])
+    labels = torch.full_like(input_ids, -100).scatter(1, positions, input_ids.gather(1, positions))
+    return input_ids.scatter(1, positions, 4), labels, positions
+
+
+def changed(config, **fields):
+    return CrammedBertConfig(**{**config.to_dict(), **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        *({name: value} for name, value in SWITCHES.items()),
+        *({"position_embedding_type": p} for p in POSITIONS[1:]),
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_equal_the_reference(tiny_config, fields):
+    torch.manual_seed(0)
+    model = CrammedBertForMaskedLM(changed(tiny_config, initializer_range=0.2, **fields)).double().train()
+    # sinusoids are fp32 tables; in float64 they are compared at that precision
+    input_ids, labels, positions = masked_batch()
+    loss = model(input_ids=input_ids, labels=labels, masked_positions=positions).loss
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    expected = reference_loss(model, input_ids, labels)
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+    for (name, _), actual, wanted in zip(model.named_parameters(), gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("name", "value"), SWITCHES.items())
+def test_each_switch_alone_changes_the_model(tiny_config, name, value):
+    torch.manual_seed(0)
+    default = CrammedBertForMaskedLM(tiny_config).eval()
+    torch.manual_seed(0)
+    switched = CrammedBertForMaskedLM(changed(tiny_config, **{name: value})).eval()
+    H, L, V, I = 32, 2, VOCAB_SIZE, 64  # noqa: E741
+    extra_parameters = {
+        "qkv_bias": L * 3 * H,
+        "linear_bias": L * (H + I + H),
+        "decoder_bias": V,
+        "final_norm": -2 * H,
+        "embedding_norm": -2 * H,
+        "norm_type": -(2 * L + 2) * H,
+        "gated_linear_unit": L * H * I // 2,
+        "prediction_head": H * H + 2 * H,
+        "tie_word_embeddings": V * H,
+        "type_vocab_size": 2 * H,
+        "intermediate_size": L * (H * 32 + H * 16),
+    }
+    assert switched.num_parameters() - default.num_parameters() == extra_parameters.get(name, 0)
+    for parameter in (*default.parameters(), *switched.parameters()):  # biases and norms start neutral
+        with torch.no_grad():
+            parameter.add_(
+                0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    input_ids = masked_batch()[0]
+    assert not torch.allclose(default(input_ids=input_ids).logits, switched(input_ids=input_ids).logits, atol=1e-4)
+
+
+def test_position_embeddings_tell_positions_apart(tiny_config):
+    counts = {}
+    for kind in POSITIONS:
+        model = CrammedBertForMaskedLM(
+            changed(tiny_config, position_embedding_type=kind, initializer_range=0.5)
+        ).eval()
+        counts[kind] = model.num_parameters()
+        forward = model(input_ids=torch.tensor([[7, 8, 9, 10]])).logits[0]
+        backward = model(input_ids=torch.tensor([[10, 9, 8, 7]])).logits[0].flip(0)
+        assert not torch.allclose(forward, backward, atol=1e-4), kind
+    assert counts["scaled_sinusoidal"] == counts["sinusoidal"] + 1
+    assert counts["learned"] == counts["sinusoidal"] + 64 * 32
+    assert counts["rotary"] == counts["sinusoidal"]
+
+
+def test_dropouts_act_in_training_only(tiny_config):
+    input_ids = masked_batch()[0]
+    for name in ("embedding_dropout_prob", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+        model = CrammedBertModel(changed(tiny_config, **{name: 0.5})).train()
+        assert not torch.equal(model(input_ids).last_hidden_state, model(input_ids).last_hidden_state), name
+        model.eval()
+        assert torch.equal(model(input_ids).last_hidden_state, model(input_ids).last_hidden_state), name
+
+
+def test_original_bert_has_the_parameters_of_bert_base():
+    for vocab_size in (30522, 32768):
+        with torch.device("meta"):
+            ours = CrammedBertForMaskedLM(CrammedBertConfig.original_bert(vocab_size=vocab_size))
+            bert = BertForMaskedLM(BertConfig(vocab_size=vocab_size))
+            our_classifier = CrammedBertForSequenceClassification(
+                CrammedBertConfig.original_bert(vocab_size=vocab_size)
+            )
+            bert_classifier = BertForSequenceClassification(BertConfig(vocab_size=vocab_size))
+        assert ours.num_parameters() == bert.num_parameters()
+        assert our_classifier.num_parameters() == bert_classifier.num_parameters()
+
+
+def test_default_is_the_papers_final_model():
+    with torch.device("meta"):
+        model = CrammedBertForMaskedLM(CrammedBertConfig())
+    embeddings = 32768 * 768
+    assert model.num_parameters() == 119_589_889
+    assert round((model.num_parameters() - embeddings) / 1e6, 1) == 94.4  # the paper's body
+
+
+def test_sdpa_and_eager_agree_under_padding(tiny_config):
+    model = CrammedBertForMaskedLM(changed(tiny_config, initializer_range=0.3)).eval()
+    input_ids = masked_batch()[0]
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 10:] = 0
+    outputs = {}
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        outputs[implementation] = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    kept = attention_mask.bool()
+    torch.testing.assert_close(outputs["sdpa"][kept], outputs["eager"][kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_padding_never_changes_an_unpadded_row(tiny_config, kind, implementation):
+    config = changed(tiny_config, position_embedding_type=kind, initializer_range=0.3)
+    model = CrammedBertForMaskedLM(config).eval()
+    model.set_attn_implementation(implementation)
+    input_ids = masked_batch(rows=1)[0]
+    alone = model(input_ids=input_ids).logits[0]
+    padded = torch.zeros(2, 40, dtype=torch.long)
+    padded[0, :16], padded[1] = input_ids[0], 9
+    attention_mask = (padded != 0).long()
+    together = model(input_ids=padded, attention_mask=attention_mask).logits[0, :16]
+    assert (alone - together).abs().max() < 1e-5
+
+
+def test_outputs_follow_the_library(tiny_config):
+    model = CrammedBertForMaskedLM(tiny_config).eval()
+    model.set_attn_implementation("eager")
+    input_ids, labels, _ = masked_batch()
+    outputs = model(input_ids=input_ids, labels=labels, output_hidden_states=True, output_attentions=True)
+    assert outputs.logits.shape == (3, 16, VOCAB_SIZE)
+    assert [tuple(h.shape) for h in outputs.hidden_states] == [(3, 16, 32)] * 3
+    assert [tuple(a.shape) for a in outputs.attentions] == [(3, 4, 16, 16)] * 2
+    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(3, 4, 16))
+    as_tuple = model(input_ids=input_ids, labels=labels, return_dict=False)
+    assert torch.equal(as_tuple[0], outputs.loss)
+    assert torch.equal(as_tuple[1], outputs.logits)
+    embedded = model.get_input_embeddings()(input_ids)
+    assert torch.equal(model(inputs_embeds=embedded).logits, outputs.logits)
+
+
+def test_token_types_are_ignored_unless_configured(tiny_config):
+    input_ids = masked_batch()[0]
+    types = torch.ones_like(input_ids)
+    ignoring = CrammedBertModel(tiny_config).eval()
+    assert torch.equal(ignoring(input_ids, token_type_ids=types)[0], ignoring(input_ids)[0])
+    reading = CrammedBertModel(changed(tiny_config, type_vocab_size=2)).eval()
+    assert not torch.allclose(reading(input_ids, token_type_ids=types)[0], reading(input_ids)[0])
+    assert torch.equal(reading(input_ids, token_type_ids=0 * types)[0], reading(input_ids)[0])
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_any_length_up_to_the_limit(tiny_config, length):
+    model = CrammedBertModel(tiny_config).eval()
+    assert model(torch.full((2, length), 9)).last_hidden_state.shape == (2, length, 32)
+
+
+def test_too_long_a_sequence_is_a_clear_error(tiny_config):
+    model = CrammedBertModel(tiny_config)
+    with pytest.raises(ValueError, match=r"65 tokens.*max_position_embeddings \(64\)"):
+        model(torch.full((1, 65), 9))
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+
+
+def test_training_with_positions_returns_the_loss_alone(tiny_config):
+    model = CrammedBertForMaskedLM(tiny_config).train()
+    input_ids, labels, positions = masked_batch()
+    sparse = model(input_ids=input_ids, labels=labels, masked_positions=positions)
+    dense = model(input_ids=input_ids, labels=labels)
+    assert sparse.logits is None
+    torch.testing.assert_close(sparse.loss, dense.loss)
+    model.eval()
+    assert model(input_ids=input_ids, labels=labels, masked_positions=positions).logits.shape == (3, 16, VOCAB_SIZE)
+
+
+def test_activation_checkpointing_gives_the_same_gradients(tiny_config):
+    torch.manual_seed(0)
+    model = CrammedBertForMaskedLM(tiny_config).train()
+    input_ids, labels, positions = masked_batch()
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=input_ids, labels=labels, masked_positions=positions).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    model.activation_checkpointing_enable()
+    for expected, actual in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["scaled_sinusoidal", "rotary"])
+def test_compiles_without_graph_breaks(tiny_config, kind):
+    model = CrammedBertForMaskedLM(changed(tiny_config, position_embedding_type=kind)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    input_ids, labels, positions = masked_batch()
+    loss = compiled(input_ids=input_ids, labels=labels, masked_positions=positions).loss
+    torch.testing.assert_close(loss, model(input_ids=input_ids, labels=labels, masked_positions=positions).loss)
+    mask = torch.ones_like(input_ids)
+    mask[0, 12:] = 0
+    model.eval()
+    with torch.no_grad():
+        logits = compiled(input_ids=input_ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits, model(input_ids=input_ids, attention_mask=mask).logits)
+
+
+def test_weights_start_as_configured():
+    config = CrammedBertConfig.original_bert(
+        vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512
+    )
+    for model_class in HEADS[1:]:
+        torch.manual_seed(0)
+        model = model_class(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                kept = parameter[1:] if "word_embeddings" in name or name == "decoder.weight" else parameter
+                assert kept.std().item() == pytest.approx(0.02, rel=0.2 if kept.numel() < 2000 else 0.05), name
+                assert abs(kept.mean().item()) < 0.01, name
+            elif "norm" in name and name.endswith("weight"):
+                assert torch.equal(parameter, torch.ones_like(parameter)), name
+            else:
+                assert torch.equal(parameter, torch.zeros_like(parameter)), name
+        assert torch.equal(model.model.embeddings.word_embeddings.weight[0], torch.zeros(128))  # padding
+    wide = CrammedBertForMaskedLM(CrammedBertConfig(vocab_size=500, hidden_size=64, num_attention_heads=4,
+                                                    num_hidden_layers=1, initializer_range=0.1))  # fmt: skip
+    assert wide.model.layers[0].mlp.dense_in.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert wide.model.embeddings.position_embeddings.scale_factor.item() == pytest.approx(64**-0.5)
+
+
+def head_inputs(model_class):
+    input_ids = masked_batch()[0]
+    return {"input_ids": input_ids.view(1, 3, 16) if "MultipleChoice" in model_class.__name__ else input_ids}
+
+
+LOAD_AND_COMPARE = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+import hf_cram
+
+for folder in map(Path, sys.argv[1:]):
+    model = getattr(hf_cram, folder.name).from_pretrained(folder).eval()
+    expected = load_file(folder / "expected.safetensors")
+    outputs = model(expected["input_ids"])
+    assert model.dtype == torch.float32
+    for index, tensor in enumerate(outputs.values()):
+        assert torch.equal(tensor, expected[str(index)]), (folder.name, index)
+    print("equal")
+"""
+
+
+@pytest.mark.parametrize("kind", ["scaled_sinusoidal", "rotary"])
+def test_every_head_loads_bit_identically_in_a_fresh_process(tiny_config, tmp_path, kind, python_environment):
+    for model_class in HEADS:
+        folder = tmp_path / model_class.__name__
+        model = model_class(changed(tiny_config, position_embedding_type=kind)).eval()
+        model.save_pretrained(folder)
+        inputs = head_inputs(model_class)
+        outputs = {str(index): value.contiguous() for index, value in enumerate(model(**inputs).values())}
+        save_file({**outputs, **inputs}, folder / "expected.safetensors")
+    folders = [str(tmp_path / model_class.__name__) for model_class in HEADS]
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_COMPARE, *folders],
+        capture_output=True,
+        text=True,
+        env=python_environment,
+        check=False,
+    )
+    assert result.stdout.split() == ["equal"] * len(HEADS), result.stderr
+
+
+def test_auto_classes_know_the_model(tiny_config, tmp_path):
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(tmp_path)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert isinstance(model, CrammedBertForMaskedLM)
+    assert model.decoder.weight is model.model.embeddings.word_embeddings.weight
+    body = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(
+        body.embeddings.position_embeddings.table, hf_cram.modeling_crammed_bert.sinusoidal_table(64, 32)
+    )
+    assert set(CrammedBertConfig().auto_map) >= {"AutoConfig", "AutoModel", "AutoModelForMaskedLM"}
+    assert (tmp_path / "modeling_crammed_bert.py").is_file()  # the code travels with the checkpoint
+
+
+def test_fine_tuning_heads_give_losses(tiny_config):
+    input_ids = masked_batch()[0]
+    labels = {
+        CrammedBertForSequenceClassification: {"labels": torch.tensor([0, 1, 0])},
+        CrammedBertForTokenClassification: {"labels": input_ids % 2},
+        CrammedBertForQuestionAnswering: {"start_positions": torch.tensor([1, 2, 3]),
+                                          "end_positions": torch.tensor([4, 5, 6])},
+        CrammedBertForMultipleChoice: {"labels": torch.tensor([2])},
+    }  # fmt: skip
+    for model_class, targets in labels.items():
+        for pooling in ("cls", "mean"):
+            model = model_class(changed(tiny_config, classifier_pooling=pooling))
+            loss = model(**head_inputs(model_class), **targets).loss
+            loss.backward()
+            assert torch.isfinite(loss), model_class
+            assert all(p.grad is not None for p in model.parameters()), model_class
+    regression = CrammedBertForSequenceClassification(changed(tiny_config, num_labels=1))
+    values = torch.tensor([0.5, 1.5, 2.5])
+    logits = regression.eval()(input_ids=input_ids).logits
+    loss = regression(input_ids=input_ids, labels=values).loss
+    torch.testing.assert_close(loss, ((logits[:, 0] - values) ** 2).mean())
+
+
+def test_mean_pooling_leaves_padding_out(tiny_config):
+    model = CrammedBertForSequenceClassification(changed(tiny_config, classifier_pooling="mean")).eval()
+    input_ids = masked_batch(rows=1)[0]
+    padded = torch.nn.functional.pad(input_ids, (0, 8))
+    mask = torch.nn.functional.pad(torch.ones_like(input_ids), (0, 8))
+    torch.testing.assert_close(
+        model(input_ids=padded, attention_mask=mask).logits, model(input_ids=input_ids).logits, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 5}, "multiple of num_attention_heads"),
+        ({"intermediate_size": 63}, "must be even"),
+        ({"position_embedding_type": "fourier"}, "position_embedding_type"),
+        (
+            {"hidden_size": 12, "num_attention_heads": 4, "position_embedding_type": "rotary"},
+            "must be even for rotary",
+        ),
+    ],
+)
+def test_impossible_configurations_are_refused(tiny_config, fields, message):
+    with pytest.raises(Exception, match=message):
+        changed(tiny_config, **fields)
+
+
+def test_original_checkpoint_of_the_papers_code_gives_its_logits():
+    """Weights of the original code, its fused query-key-value unwoven, give the hidden states it computed."""
+    folder = SHARED / "data" / "cramming_checkpoint"
+    if not folder.is_dir():
+        pytest.skip("the checkpoint written by the paper's code is not beside this project")
+    weights, recorded = load_file(folder / "model.safetensors"), load_file(folder / "inputs_and_outputs.safetensors")
+    heads, hidden = 4, 64
+    config = CrammedBertConfig(
+        vocab_size=211, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=256
+    )
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.endswith("norm_factor"):
+            continue
+        if name.endswith("query_key_value.weight"):
+            tensor = tensor.view(heads, 3, hidden // heads, hidden).transpose(0, 1).reshape(3 * hidden, hidden)
+        for old, new in {
+            "encoder.embedding.word_embedding": "model.embeddings.word_embeddings",
+            "encoder.embedding.pos_embedding": "model.embeddings.position_embeddings",
+            "encoder.embedding.norm": "model.embeddings.norm",
+            "encoder.": "model.",
+            "norm1": "attention_norm",
+            "norm2": "mlp_norm",
+            "attn.self_attention": "attention",
+            "attn.dense": "attention.dense",
+            "ffn.": "mlp.",
+        }.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    model = CrammedBertForMaskedLM(config).eval()
+    incompatible = model.load_state_dict(renamed, strict=False)
+    assert incompatible.unexpected_keys == []
+    assert incompatible.missing_keys in ([], ["decoder.weight"])
+    plain = model(input_ids=recorded["input_ids"], labels=recorded["labels"], output_hidden_states=True)
+    torch.testing.assert_close(plain.logits, recorded["logits"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.hidden_states[-1], recorded["hidden_states"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.loss.view(1), recorded["loss"], rtol=1e-5, atol=1e-5)
+    masked = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"])
+    kept = recorded["attention_mask"].bool()
+    torch.testing.assert_close(masked.logits[kept], recorded["logits_masked"][kept], rtol=1e-4, atol=1e-5)
