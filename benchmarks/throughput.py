@@ -167,7 +167,9 @@ def main() -> None:
         return
     for shape_name in options.shapes.split(","):
         shape = SHAPES[shape_name]
-        print(f"{shape_name}: {shape['layers']} layers x {shape['hidden']}, FFN {shape['ffn']}, vocabulary {VOCAB_SIZE},")
+        print(
+            f"{shape_name}: {shape['layers']} layers x {shape['hidden']}, FFN {shape['ffn']}, vocabulary {VOCAB_SIZE},"
+        )
         print(f"  rows of {LENGTH}, micro-batch {shape['micro_batch']}, {options.rounds} rounds, medians")
         results: dict[str, list[dict]] = {arm: [] for arm in ARMS}
         for _ in range(options.rounds):
@@ -176,13 +178,18 @@ def main() -> None:
         rates = {arm: statistics.median(r["tokens_per_second"] for r in results[arm]) for arm in ARMS}
         print(f"  {'arm':<12}{'tokens/s':>10}{'crammed / arm':>16}{'bar':>8}")
         for arm in ARMS:
-            ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(results["crammed"], results[arm], strict=True)]
+            ratios = [
+                a["tokens_per_second"] / b["tokens_per_second"]
+                for a, b in zip(results["crammed"], results[arm], strict=True)
+            ]
             ratio, bar = statistics.median(ratios), BARS.get(arm)
             verdict = "" if bar is None else f"{bar:>8} {'PASS' if ratio >= bar else 'MISSED'}"
             print(f"  {arm:<12}{rates[arm]:>10,.0f}{ratio:>16.2f}{verdict}")
         overhead = statistics.median(r["overhead"] for r in results["crammed"])
-        print(f"  Trainer's overhead over the bare step: {overhead:.1%} (bar under {OVERHEAD_BAR:.0%}) "
-              f"{'PASS' if overhead < OVERHEAD_BAR else 'MISSED'}")
+        print(
+            f"  Trainer's overhead over the bare step: {overhead:.1%} (bar under {OVERHEAD_BAR:.0%}) "
+            f"{'PASS' if overhead < OVERHEAD_BAR else 'MISSED'}"
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import sort_checkpoints
 
+from .files import flush_to_disk, write_json_atomically
+
 logger = logging.getLogger(__name__)
 
 RUN_STATE_NAME = "cram_state.json"
@@ -52,23 +54,6 @@ class RunState:
                 "pass --resume_from_checkpoint true for the last complete one in the output folder"
             ) from error
         return cls(**{name: values[name] for name in (spec.name for spec in fields(cls)) if name in values})
-
-
-def flush_to_disk(folder: Path) -> None:
-    """Ask the system to write every file below `folder` out, so that the rename after it means they are there."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_json_atomically(path: Path, values: dict[str, Any]) -> None:
-    """Replace `path` by the new content in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_clock(output_dir: Path) -> dict[str, Any] | None:

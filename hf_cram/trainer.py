@@ -428,7 +428,7 @@ class CramTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            pin_memory=self.args.dataloader_pin_memory,
             # A generator of its own: the loader's draw must not move the restored random state of a resumed run.
             generator=torch.Generator().manual_seed(self.args.seed),
             **seeding,

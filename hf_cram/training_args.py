@@ -94,6 +94,7 @@ class CramTrainingArguments(TrainingArguments):
         # The batch sampler continues at the next unseen row by itself.
         self.ignore_data_skip = True
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
         build_lr_schedule(self.lr_schedule, self.lr_schedule_shape)
         self._check_batch()
 

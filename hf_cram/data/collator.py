@@ -20,17 +20,18 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 def parse_phases(text: str) -> list[tuple[float, float]]:
     """
-    Read mask rates in phases of the budget: `"0:0.30,0.5:0.15"` is 30 % from the start and 15 % from half of it.
+    Read a mask rate (`"0.25"`) or its phases: `"0:0.30,0.5:0.15"` is 30 % from the start, 15 % from half the budget.
 
     Returns (start, rate) pairs in order. Raises `ValueError` unless the first start is 0, starts rise below 1 and
     rates lie in (0, 1).
     """
     try:
-        pairs = [part.split(":") for part in text.split(",")]
+        pairs = [part.split(":") for part in (text if ":" in text else f"0:{text}").split(",")]
         phases = [(float(start), float(rate)) for start, rate in pairs]
     except ValueError:
         raise ValueError(
-            f"mask rate phases must look like '0:0.30,0.5:0.15' (fraction of the budget:rate), got {text!r}"
+            f"a mask rate is a share like '0.25', or phases like '0:0.30,0.5:0.15' (from fraction of the budget:rate); "
+            f"got {text!r}"
         ) from None
     starts = [start for start, _ in phases]
     if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1:
@@ -75,7 +76,7 @@ class DataCollatorForFixedCountMasking:
                 "mask_replace_prob and random_replace_prob must be at least 0 and together at most 1, got "
                 f"{mask_replace_prob} and {random_replace_prob}"
             )
-        self.phases = parse_phases(mlm_probability if isinstance(mlm_probability, str) else f"0:{mlm_probability}")
+        self.phases = parse_phases(str(mlm_probability))
         self.mask_replace_prob = mask_replace_prob
         self.random_replace_prob = random_replace_prob
         self.seed = seed

@@ -1,0 +1,1 @@
+"""Text in: sources, tokenizer, rows, masks."""

@@ -1,0 +1,184 @@
+"""The embedded default text: the prose of the documentation strings of every installed package."""
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import logging
+import multiprocessing
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+RULES_VERSION = 1  # raise it whenever the rules below change what comes out
+MIN_WORDS = 4
+MIN_LETTER_SHARE = 0.78
+FILES_PER_TASK = 64
+
+PROSE_SECTIONS = {"notes", "note", "description", "introduction", "overview", "background", "details", "warnings"}
+SECTION = re.compile(
+    r"(?:args?|arguments?|parameters?|params?|keyword args?|keyword arguments|other parameters|attributes?|returns?|"
+    r"yields?|raises|warns|examples?|see also|references?|methods|members|usage|inputs?|outputs?|shape|signature|"
+    r"notes?|warnings?|todo|description|introduction|overview|background|details)\s*:?\s*",
+    re.IGNORECASE,
+)
+UNDERLINE = re.compile(r"[=\-~^\"'#*+.]{3,}\s*")
+FIELD = re.compile(r"\s*(?::[\w\s*,.\[\]|]+:|@\w+|\.\. |\w[\w*, ]*\s*\([^)]*\)\s*:|[\w*`]+\s*:\s*(?:$|\S+, optional))")
+ADMONITION = re.compile(r"\.\. (?:note|warning|tip|important|attention|caution|hint)::\s*")
+ROLE = re.compile(r":[\w:+-]+:`~?!?([^`<]*?)(?:\s*<[^`>]*>)?`")
+HYPERLINK = re.compile(r"`([^`<]+?)\s*<[^`>]+>`_*")
+MARKDOWN_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+MARKUP = re.compile(r"(?<!\w)[*_`]+|[*_`]+(?!\w)")
+URL = re.compile(r"https?://\S+|www\.\S+")
+SPACES = re.compile(r"\s+")
+
+
+def source_files(search_paths: Sequence[str] | None = None) -> list[tuple[str, Path]]:
+    """(package, file) of every Python source file that an installed distribution lists, in a stable order."""
+    found: dict[Path, str] = {}
+    for distribution in _distributions(search_paths):
+        name = _name(distribution)
+        for file in distribution.files or ():
+            if file.suffix == ".py" and not file.is_absolute() and ".." not in file.parts:
+                found.setdefault(Path(str(distribution.locate_file(file))), name)
+    return sorted(((name, path) for path, name in found.items()), key=lambda pair: (pair[0], pair[1].as_posix()))
+
+
+def _distributions(search_paths: Sequence[str] | None) -> list[importlib.metadata.Distribution]:
+    paths = {"path": list(search_paths)} if search_paths is not None else {}
+    by_name: dict[str, importlib.metadata.Distribution] = {}
+    for distribution in importlib.metadata.distributions(**paths):
+        by_name.setdefault(_name(distribution), distribution)  # the first on the path is the one imported
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def _name(distribution: importlib.metadata.Distribution) -> str:
+    return re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "unknown").lower()
+
+
+def fingerprint_installed(search_paths: Sequence[str] | None = None) -> str:
+    """Hash of the names, versions and file lists (with their hashes) of the installed distributions."""
+    digest = hashlib.blake2b(f"rules {RULES_VERSION}".encode(), digest_size=16)
+    for distribution in _distributions(search_paths):
+        # A record names its own installer's files as well, in an order of the installer's.
+        lines = sorted(line for line in (distribution.read_text("RECORD") or "").splitlines() if ".py," in line)
+        digest.update("\n".join([_name(distribution), distribution.version, *lines]).encode())
+    return digest.hexdigest()
+
+
+def read_installed_docs(search_paths: Sequence[str] | None = None, show_progress: bool = True) -> Iterator[str]:
+    """
+    A document a module: its prose paragraphs, one a line, each paragraph only where it stands first.
+
+    Source files are parsed, never imported; a file that does not parse or is not UTF-8 gives nothing.
+    """
+    files = source_files(search_paths)
+    tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
+    seen: set[bytes] = set()
+    # Forking spares each worker the import of this package; the workers do nothing but parse.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    with (
+        ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context(method)) as pool,
+        tqdm(total=len(files), desc="reading documentation", unit="file", disable=not show_progress) as bar,
+    ):
+        for task, results in zip(tasks, pool.map(_paragraphs_of_files, tasks), strict=True):
+            bar.update(len(task))
+            for paragraphs in results:
+                new = []
+                for paragraph in paragraphs:
+                    key = hashlib.blake2b(paragraph.lower().encode(), digest_size=12).digest()
+                    if key not in seen:
+                        seen.add(key)
+                        new.append(paragraph)
+                if new:
+                    yield "\n".join(new)
+
+
+def _paragraphs_of_files(files: Sequence[tuple[str, Path]]) -> list[list[str]]:
+    return [module_paragraphs(path) for _, path in files]
+
+
+def module_paragraphs(path: Path) -> list[str]:
+    """Prose paragraphs of the documentation strings of one source file, in their order."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            source = path.read_text(encoding="utf-8")
+            if '"""' not in source and "'''" not in source:
+                return []  # parsing is what takes the time
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    paragraphs: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring:
+                paragraphs.extend(prose_paragraphs(docstring))
+    return paragraphs
+
+
+def prose_paragraphs(docstring: str) -> list[str]:
+    """The sentences of a documentation string: no doctests, tables, parameter lists, code, directives or headings."""
+    paragraphs, in_list_section, in_fence = [], False, False
+    for block in _blocks(docstring):
+        if sum(line.strip().startswith(("```", "~~~")) for line in block) % 2:
+            in_fence = not in_fence
+            continue
+        if in_fence:
+            continue
+        heading = block[0].strip()
+        is_underlined = len(block) > 1 and UNDERLINE.fullmatch(block[1].strip()) is not None
+        if SECTION.fullmatch(heading) and (is_underlined or heading.endswith(":")):
+            in_list_section = heading.rstrip(": ").lower() not in PROSE_SECTIONS
+            block = [line.strip() for line in block[2 if is_underlined else 1 :]]
+        elif is_underlined:
+            in_list_section = False
+            block = block[2:]
+        elif ADMONITION.fullmatch(heading):
+            block = [line.strip() for line in block[1:]]
+        # An indented block is code, or the description of a parameter.
+        if block and not in_list_section and not block[0].startswith((" ", "\t")):
+            text = _clean_prose(block)
+            if text is not None:
+                paragraphs.append(text)
+    return paragraphs
+
+
+def _blocks(docstring: str) -> Iterator[list[str]]:
+    """Lines between blank lines; a section heading such as `Args:` starts a block of its own."""
+    block: list[str] = []
+    for line in [*inspect.cleandoc(docstring).splitlines(), ""]:
+        starts_section = line.rstrip().endswith(":") and SECTION.fullmatch(line.rstrip()) is not None
+        if block and (not line.strip() or starts_section):
+            yield block
+            block = []
+        if line.strip():
+            block.append(line)
+
+
+def _clean_prose(lines: Sequence[str]) -> str | None:
+    """One line of prose, or `None` where the lines are something else."""
+    if any(line.lstrip().startswith((">>>", "...", "|", "+-", "==", "--", "$ ", "#!", "% ", "```")) for line in lines):
+        return None
+    if any(FIELD.match(line) for line in lines):
+        return None
+    text = " ".join(line.strip() for line in lines)
+    text = MARKDOWN_LINK.sub(r"\1", HYPERLINK.sub(r"\1", ROLE.sub(r"\1", text)))
+    text = SPACES.sub(" ", MARKUP.sub("", URL.sub("", text))).strip(" -*#")
+    if text.endswith("::"):
+        text = text[:-1]
+    words = text.split(" ")
+    letters = sum(character.isalpha() or character == " " for character in text)
+    if len(words) < MIN_WORDS or letters < MIN_LETTER_SHARE * len(text) or not text[0].isalpha():
+        return None
+    if text[-1] not in ".!?:;)\"'" or any(sign in text for sign in ("==", "->", "{", "}", "\\", "()", " = ")):
+        return None
+    return text[0].upper() + text[1:]

@@ -1,0 +1,257 @@
+"""Documents to rows: tokenize, split off the held-out documents, pack into rows of equal length on disk."""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from torch.utils.data import Dataset
+
+from .sources import DataError, SkipReport
+
+logger = logging.getLogger(__name__)
+
+BATCH_CHARACTERS = 2_000_000
+PIECE_CHARACTERS = 20_000
+COPY_TOKENS = 4_000_000
+# At most this share of the tokens is held out, however small the corpus.
+MAX_EVAL_FRACTION = 0.05
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+class PackedRows(Dataset):
+    """
+    Rows of `max_seq_length` tokens in a memory-mapped file.
+
+    An item is `{"input_ids": (max_seq_length,) array, "mask_key": uint64}`; the key depends on the row and on the pass
+    set with [`set_epoch`], so that masks drawn from it are the same in every process and differ from pass to pass.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, max_seq_length: int):
+        self.path = path
+        self.dtype = dtype
+        self.max_seq_length = max_seq_length
+        self.epoch = 0
+        self._open()
+
+    def _open(self) -> None:
+        self.rows = np.memmap(self.path, dtype=self.dtype, mode="r").reshape(-1, self.max_seq_length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "rows"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Enter a pass over the rows."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        keys = np.asarray(indices, dtype=np.uint64) + (np.uint64(self.epoch) << np.uint64(40))
+        return [{"input_ids": row, "mask_key": key} for row, key in zip(self.rows[list(indices)], keys, strict=True)]
+
+
+def _pieces(document: str, splits_at_spaces: bool) -> list[str]:
+    """
+    Cut a long document at spaces, so that the threads share it. Exact where words never reach over a space.
+    """
+    if not splits_at_spaces or len(document) <= PIECE_CHARACTERS:
+        return [document]
+    pieces, start = [], 0
+    while start < len(document):
+        end = document.find(" ", start + PIECE_CHARACTERS)
+        end = len(document) if end == -1 else end
+        pieces.append(document[start:end])
+        start = end
+    return pieces
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _to_array(encodings: Sequence[Encoding], dtype: np.dtype) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(encoding.ids for encoding in encodings), dtype=dtype)
+
+
+def tokenize_documents(
+    documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype, separator_id: int
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+    """
+    Batches of (documents, tokens of all of them with a separator after each, lengths with the separator).
+
+    One thread prepares the next batch while the tokenizer's own threads encode this one.
+    """
+    # BERT's pre-tokenizer cuts words at white space; others may not.
+    splits_at_spaces = isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
+
+    def encode(batch: list[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        pieces = [_pieces(document, splits_at_spaces) for document in batch]
+        encodings = tokenizer.encode_batch_fast(list(itertools.chain.from_iterable(pieces)), add_special_tokens=False)
+        counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
+        tokens = _to_array(encodings, dtype)
+        piece_ends = np.cumsum([len(parts) for parts in pieces])
+        ends = np.cumsum(counts)[piece_ends - 1]
+        tokens = np.insert(tokens, ends, separator_id)
+        return batch, tokens, np.diff(ends, prepend=0) + 1
+
+    # Two batches in flight: while the ids of one are turned into an array, the other is encoded.
+    with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as pool:
+        pending: list[Future] = []
+        for batch in _batches(documents):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2:
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
+
+
+def content_key(document: str) -> int:
+    """64-bit hash of a document, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def write_rows(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    separator_id: int,
+    max_seq_length: int,
+    eval_rows: int,
+    folder: Path,
+    report: SkipReport,
+    on_progress: Callable[[int], None] = lambda characters: None,
+) -> dict[str, int]:
+    """
+    Tokenize documents and pack them into `train.bin` and `eval.bin` in `folder`.
+
+    Rows hold documents end to end with a separator between them and no `[CLS]` (paper, section 4.1); only the last
+    partial row is dropped. Documents go to the held-out rows by the hash of their content, lowest first, until
+    `eval_rows` rows or 5 % of the tokens are full: equal documents land on the same side.
+
+    Returns counts of documents, characters, tokens and rows. Raises [`DataError`] for a text too short for a training
+    and a held-out row.
+    """
+    dtype = token_dtype(tokenizer.get_vocab_size())
+    all_tokens = folder / "tokens.tmp"
+    lengths: list[np.ndarray] = []
+    keys: list[int] = []
+    num_characters = 0
+    with open(all_tokens, "wb") as stream:
+        for batch, tokens, batch_lengths in tokenize_documents(documents, tokenizer, dtype, separator_id):
+            kept = batch_lengths > 1
+            for document, is_kept in zip(batch, kept, strict=True):
+                if is_kept:
+                    keys.append(content_key(document))
+                else:
+                    report.add("no token of the vocabulary", repr(document[:40]))
+            if not kept.all():
+                tokens = tokens[np.repeat(kept, batch_lengths)]
+            tokens.tofile(stream)
+            lengths.append(batch_lengths[kept])
+            characters = sum(map(len, batch))
+            num_characters += characters
+            on_progress(characters)
+    document_lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+    num_tokens = int(document_lengths.sum())
+    if num_tokens < 2 * max_seq_length:
+        raise DataError(
+            f"the text has {num_tokens} tokens, fewer than one training row and one held-out row of {max_seq_length}: "
+            "add text or lower max_seq_length"
+        )
+    is_eval, eval_order = choose_eval_documents(document_lengths, np.array(keys, np.uint64), max_seq_length, eval_rows)
+    if document_lengths[~is_eval].sum() < max_seq_length:
+        raise DataError(
+            f"the text has {len(document_lengths)} different documents, too few to hold some out: add documents, or "
+            "cut the text into more of them"
+        )
+    tokens = np.memmap(all_tokens, dtype=dtype, mode="r")
+    starts = np.cumsum(document_lengths) - document_lengths
+    eval_spans = [(starts[index], starts[index] + document_lengths[index]) for index in eval_order]
+    num_eval_rows = _copy_rows(tokens, eval_spans, folder / "eval.bin", max_seq_length, eval_rows)
+    train_spans = _spans(~is_eval, starts, document_lengths)
+    num_train_rows = _copy_rows(tokens, train_spans, folder / "train.bin", max_seq_length, None)
+    del tokens
+    all_tokens.unlink()
+    return {
+        "documents": len(document_lengths),
+        "characters": num_characters,
+        "tokens": num_tokens,
+        "train_rows": num_train_rows,
+        "eval_rows": num_eval_rows,
+        "eval_documents": int(is_eval.sum()),
+    }
+
+
+def choose_eval_documents(
+    lengths: np.ndarray, keys: np.ndarray, max_seq_length: int, eval_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Which documents are held out: (one flag a document, their indices in the order of their keys).
+
+    Documents longer than the whole held-out part stay in training, unless nothing else fills a row.
+    """
+    target = max(max_seq_length, min(eval_rows * max_seq_length, int(MAX_EVAL_FRACTION * lengths.sum())))
+    for longest in (target, lengths.max()):
+        order = np.argsort(keys, kind="stable")
+        order = order[lengths[order] <= longest]
+        filled = np.cumsum(lengths[order])
+        if len(order) and filled[-1] >= max_seq_length:
+            break
+    last = min(int(np.searchsorted(filled, target)), len(order) - 1)
+    is_eval = np.isin(keys, keys[order[: last + 1]])
+    return is_eval, np.flatnonzero(is_eval)[np.argsort(keys[is_eval], kind="stable")]
+
+
+def _spans(chosen: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs of neighbouring chosen documents as (first token, end)."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], chosen.astype(np.int8), [0]))))
+    for first, end in zip(edges[::2], edges[1::2], strict=True):
+        yield int(starts[first]), int(starts[end - 1] + lengths[end - 1])
+
+
+def _copy_rows(
+    tokens: np.ndarray, spans: Iterable[tuple[int, int]], path: Path, max_seq_length: int, max_rows: int | None
+) -> int:
+    """Write the spans end to end, cut to whole rows (and to `max_rows`); returns the rows."""
+    count = 0
+    with open(path, "wb") as stream:
+        for start, end in spans:
+            for position in range(start, end, COPY_TOKENS):
+                part = tokens[position : min(position + COPY_TOKENS, end)]
+                part.tofile(stream)
+                count += len(part)
+        rows = count // max_seq_length
+        rows = rows if max_rows is None else min(rows, max_rows)
+        stream.truncate(rows * max_seq_length * tokens.dtype.itemsize)
+    return rows

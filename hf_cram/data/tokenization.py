@@ -1,0 +1,102 @@
+"""Train a WordPiece tokenizer, or load any other."""
+
+import logging
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .sources import DataError
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+CONTINUATION = "##"
+WORD_CHARACTERS = string.ascii_lowercase + string.digits
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(WORD_CHARACTERS) * 2 + len(string.punctuation)
+
+
+def _untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+    """The paper's pipeline: lower case, no accents, ASCII only, BERT's words, WordPiece (section 4.1)."""
+    tokenizer = Tokenizer(
+        models.WordPiece(vocabulary, unk_token="[UNK]") if vocabulary else models.WordPiece(unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.BertNormalizer(
+                clean_text=True, handle_chinese_chars=False, strip_accents=True, lowercase=True
+            ),
+            normalizers.Replace(Regex(r"[^\x00-\x7f]"), ""),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
+    return tokenizer
+
+
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, model_max_length: int = 512, show_progress: bool = True
+) -> PreTrainedTokenizerFast:
+    """
+    A WordPiece tokenizer of `vocab_size` tokens (fewer, with a warning, where the text has fewer) trained on documents.
+
+    The same documents give the same vocabulary. Special tokens are `[PAD]` 0, `[UNK]` 1, `[CLS]` 2, `[SEP]` 3,
+    `[MASK]` 4; sequences and pairs are wrapped as BERT's.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(f"vocab_size must be at least {SMALLEST_VOCABULARY} (special tokens, letters, digits, signs)")
+    trained = _untrained()
+    # Word-internal characters get their ids in the order in which words are met, which differs from run to run, and
+    # ties between merges follow the ids: fixing these ids first makes training deterministic.
+    first_tokens = [*SPECIAL_TOKENS.values(), *(CONTINUATION + character for character in WORD_CHARACTERS)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=first_tokens,
+        initial_alphabet=list(WORD_CHARACTERS + string.punctuation),
+        continuing_subword_prefix=CONTINUATION,
+        show_progress=show_progress,
+    )
+    trained.train_from_iterator(documents, trainer)
+    vocabulary = trained.get_vocab()
+    if len(vocabulary) < vocab_size:
+        logger.warning("The text gives a vocabulary of %d tokens, fewer than %d", len(vocabulary), vocab_size)
+    # Built anew, since the trainer has made special tokens of all the first ones.
+    backend = _untrained(vocabulary)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        **SPECIAL_TOKENS,
+    )
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Any fast tokenizer with mask, padding and separator tokens. Raises [`DataError`] where it lacks one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+    except (OSError, ValueError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise DataError(f"tokenizer {str(name_or_path)!r} cannot be loaded: {cause}") from error
+    if not tokenizer.is_fast:
+        raise DataError(f"tokenizer {str(name_or_path)!r} has no fast version, which packing needs")
+    for name in ("mask_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise DataError(f"tokenizer {str(name_or_path)!r} has no {name}: masked language modeling needs one")
+    if tokenizer.sep_token is None:
+        if tokenizer.eos_token is None:
+            raise DataError(f"tokenizer {str(name_or_path)!r} has neither sep_token nor eos_token between documents")
+        tokenizer.sep_token = tokenizer.eos_token
+    return tokenizer

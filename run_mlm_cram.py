@@ -1,0 +1,169 @@
+"""
+Train a BERT-class encoder from scratch under a wall-clock budget.
+
+    accelerate launch run_mlm_cram.py training_args/quickstart.yaml [--field value ...]
+
+The recipe is a YAML file of the fields below; the command line overrides it.
+"""
+
+import inspect
+import logging
+import math
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForMaskedLM, set_seed
+
+from hf_cram.callbacks import LossCurveCallback, fill_sentences
+from hf_cram.checkpointing import CheckpointError
+from hf_cram.data.collator import DataCollatorForFixedCountMasking
+from hf_cram.data.pipeline import DataArguments, prepare_corpus
+from hf_cram.data.sources import DataError
+from hf_cram.model_card import build_model_card
+from hf_cram.recipes import ModelArguments, RecipeParser, build_config
+from hf_cram.trainer import CramTrainer, NonFiniteError
+from hf_cram.training_args import CramTrainingArguments
+
+logger = logging.getLogger("hf_cram")
+
+# Held-out loss is always measured with these masks, whatever the training's rate and seed.
+EVAL_MLM_PROBABILITY = 0.15
+EVAL_MASK_SEED = 2212
+
+
+@dataclass
+class MaskingArguments:
+    """How tokens are masked in training."""
+
+    mlm_probability: str = field(
+        default="0.25",
+        metadata={"help": "Share of the tokens to predict, or phases of the budget: '0:0.30,0.5:0.15'."},
+    )
+    mask_replace_prob: float = field(default=0.8, metadata={"help": "Share of them shown as [MASK]."})
+    random_replace_prob: float = field(default=0.1, metadata={"help": "Share of them shown as a random token."})
+
+
+def main() -> int:
+    parser = RecipeParser((ModelArguments, DataArguments, MaskingArguments, CramTrainingArguments))
+    model_args, data_args, masking_args, training_args = parser.parse(sys.argv[1:])
+    is_main = training_args.process_index == 0
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    if not is_main:
+        transformers.utils.logging.disable_progress_bar()
+    set_seed(training_args.seed)
+
+    started = time.monotonic()
+    with training_args.main_process_first(desc="preparing the text"):
+        corpus = prepare_corpus(data_args)
+    preprocessing_seconds = time.monotonic() - started
+    logger.info(
+        "%s rows of %d tokens%s", f"{len(corpus.train_dataset):,}", data_args.max_seq_length,
+        " (from the cache)" if corpus.from_cache else "",
+    )  # fmt: skip
+
+    config = build_config(model_args, corpus.tokenizer)
+    if data_args.max_seq_length > config.max_position_embeddings:
+        raise DataError(
+            f"max_seq_length ({data_args.max_seq_length}) is beyond max_position_embeddings "
+            f"({config.max_position_embeddings}): raise the latter"
+        )
+    model = AutoModelForMaskedLM.from_config(config)
+    collator = DataCollatorForFixedCountMasking(
+        corpus.tokenizer,
+        masking_args.mlm_probability,
+        masking_args.mask_replace_prob,
+        masking_args.random_replace_prob,
+        seed=training_args.seed,
+        return_masked_positions="masked_positions" in inspect.signature(model.forward).parameters,
+    )
+    trainer = CramTrainer(
+        model,
+        training_args,
+        followers=[collator],
+        eval_data_collator=DataCollatorForFixedCountMasking(
+            corpus.tokenizer, EVAL_MLM_PROBABILITY, seed=EVAL_MASK_SEED
+        ),
+        train_dataset=corpus.train_dataset,
+        eval_dataset=corpus.eval_dataset,
+        data_collator=collator,
+        processing_class=corpus.tokenizer,
+        callbacks=[LossCurveCallback()],
+    )
+
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if trainer.interrupted_by is not None:
+        logger.warning(
+            "Stopped by %s with a checkpoint: continue with --resume_from_checkpoint true",
+            trainer.interrupted_by.name,
+        )
+        return 128 + trainer.interrupted_by
+
+    # The clock has stopped: saving and the final evaluation are reported apart.
+    saving_started = time.monotonic()
+    trainer.save_model()
+    trainer.save_state()
+    results: dict[str, Any] = {
+        **trainer.budget_metrics(),
+        "preprocessing_seconds": preprocessing_seconds,
+        "final_save_seconds": time.monotonic() - saving_started,
+        **trainer.evaluate(),
+    }
+    results["eval_perplexity"] = math.exp(min(results["eval_loss"], 100.0))
+    trainer.log_metrics("all", results)
+    trainer.save_metrics("all", results, combined=False)
+    if is_main:
+        write_card(
+            trainer,
+            corpus.tokenizer,
+            results,
+            data_args,
+            recipe_of(model_args, data_args, masking_args, training_args),
+        )
+    return 0
+
+
+def shareable(given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without what belongs to one machine."""
+    local = ("train_files", "tokenizer_name", "resume_from_checkpoint", "run_name")
+    return {name: value for name, value in given.items() if not name.endswith("_dir") and name not in local}
+
+
+def write_card(
+    trainer: CramTrainer, tokenizer: Any, results: dict[str, Any], data_args: DataArguments, recipe: dict[str, Any]
+) -> None:
+    """Print a few filled-in sentences and write README.md into the output folder."""
+    fills = fill_sentences(trainer.model, tokenizer)
+    for fill in fills:
+        print(f"{fill['sentence']}  {', '.join(fill['fills'])}")
+    device = trainer.args.device
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    )
+    card = build_model_card(
+        model_name=Path(trainer.args.output_dir).resolve().name,
+        results=results,
+        recipe=recipe,
+        hardware=f"{trainer.args.world_size} x {hardware}",
+        text_name=data_args.source_name,
+        fills=fills,
+        num_parameters=trainer.model.num_parameters(),
+        sequence_length=data_args.max_seq_length,
+    )
+    card.save(Path(trainer.args.output_dir) / "README.md")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (CheckpointError, DataError, NonFiniteError, ValueError) as error:
+        sys.exit(f"run_mlm_cram.py: error: {error}")
