@@ -120,13 +120,7 @@ def main() -> int:
     trainer.log_metrics("all", results)
     trainer.save_metrics("all", results, combined=False)
     if is_main:
-        write_card(
-            trainer,
-            corpus.tokenizer,
-            results,
-            data_args,
-            recipe_of(model_args, data_args, masking_args, training_args),
-        )
+        write_card(trainer, corpus.tokenizer, results, data_args, shareable(parser.given))
     return 0
 
 

@@ -1,0 +1,152 @@
+"""Rows against a plain reference, the held-out split, keys."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_cram.data.packing import PackedRows, choose_eval_documents, token_dtype, write_rows
+from hf_cram.data.sources import DataError, SkipReport
+from hf_cram.data.tokenization import train_tokenizer
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+
+
+@pytest.fixture(scope="module")
+def wordpiece():
+    return train_tokenizer([" ".join(WORDS)] * 3, 150, show_progress=False)
+
+
+def pack(documents, tokenizer, folder, length=8, eval_rows=2):
+    folder.mkdir(parents=True, exist_ok=True)
+    report = SkipReport()
+    statistics = write_rows(
+        documents, tokenizer.backend_tokenizer, tokenizer.sep_token_id, length, eval_rows, folder, report
+    )
+    dtype = token_dtype(len(tokenizer))
+    rows = {name: PackedRows(folder / f"{name}.bin", dtype, length) for name in ("train", "eval")}
+    return statistics, rows["train"].rows, rows["eval"].rows, report
+
+
+def make_documents(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 30))) + f" {index}" for index in range(count)]
+
+
+def encode(document, tokenizer):
+    return [*tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(3, 60), length=st.integers(8, 24), eval_rows=st.integers(1, 4))
+def test_rows_equal_a_plain_reference(wordpiece, tmp_path_factory, seed, count, length, eval_rows):
+    documents = make_documents(count, seed)
+    encoded = [encode(document, wordpiece) for document in documents]
+    try:
+        statistics, train, held_out, _ = pack(documents, wordpiece, tmp_path_factory.mktemp("p"), length, eval_rows)
+    except DataError:
+        assert sum(map(len, encoded)) < 10 * length
+        return
+    assert statistics["tokens"] == sum(map(len, encoded))
+    # Which documents are held out is the split's choice; that they are whole documents, and the rest in order, is not.
+    flat_train = train.ravel().tolist()
+    for held in _subsets_that_fit(encoded, statistics["eval_documents"], held_out):
+        rest = [token for index, tokens in enumerate(encoded) if index not in held for token in tokens]
+        if rest[: len(rest) // length * length] == flat_train:
+            break
+    else:
+        pytest.fail("training rows are not the documents left over, in order")
+
+
+def _subsets_that_fit(encoded, count, held_out):
+    """Held-out documents in order of appearance in the held-out rows: the one chain that spells the rows."""
+    flat = held_out.ravel().tolist()
+
+    def search(position, chosen):
+        if len(chosen) == count:
+            yield set(chosen)
+            return
+        for index, tokens in enumerate(encoded):
+            rest = flat[position:]
+            if index not in chosen and tokens[: len(rest)] == rest[: len(tokens)]:
+                yield from search(position + len(tokens), [*chosen, index])
+
+    yield from search(0, [])
+
+
+def test_long_documents_are_cut_for_the_threads_without_a_trace(wordpiece, tmp_path):
+    long = " ".join(np.random.default_rng(0).choice(WORDS, 30_000))
+    documents = [*make_documents(40), long]
+    _, train, _, _ = pack(documents, wordpiece, tmp_path, length=16)
+    expected = encode(long, wordpiece)
+    flat = train.ravel().tolist()
+    start = len(flat) - len(flat) % 16 - len(expected)
+    assert any(flat[s : s + 29_000] == expected[:29_000] for s in range(start - 40, start + 40))
+
+
+def test_held_out_documents_never_stand_in_training(wordpiece, tmp_path):
+    documents = [f"{a} {b} {c} {a}" for a in WORDS for b in WORDS for c in WORDS[:4]]
+    statistics, train, held_out, _ = pack(documents, wordpiece, tmp_path, length=8, eval_rows=3)
+    as_documents = lambda rows: set(bytes(rows.ravel().astype(np.uint16)).split(b"\x03\x00"))  # noqa: E731
+    assert len(held_out) == 3
+    whole = {bytes(np.array(encode(document, wordpiece)[:-1], np.uint16)) for document in documents}
+    held = as_documents(held_out) & whole
+    assert len(held) >= 3
+    assert not held & as_documents(train)
+    assert statistics["train_rows"] == len(train)
+
+
+def test_equal_documents_land_on_one_side(wordpiece, tmp_path):
+    lengths = np.full(100, 10)
+    keys = np.repeat(np.arange(50, dtype=np.uint64) * np.uint64(7919), 2)
+    is_eval, order = choose_eval_documents(lengths, keys, 8, 2)
+    assert 0 < is_eval.sum() < 20
+    assert not set(keys[is_eval]) & set(keys[~is_eval])
+    assert sorted(order) == np.flatnonzero(is_eval).tolist()
+
+
+def test_split_does_not_depend_on_the_order_of_documents(wordpiece, tmp_path):
+    documents = make_documents(200)
+    _, _, first, _ = pack(documents, wordpiece, tmp_path / "a", eval_rows=4)
+    _, _, second, _ = pack(documents[::-1], wordpiece, tmp_path / "b", eval_rows=4)
+    assert np.array_equal(first, second)
+
+
+def test_one_huge_document_stays_in_training(wordpiece, tmp_path):
+    huge = " ".join(np.random.default_rng(1).choice(WORDS, 5000))
+    _, train, held_out, _ = pack([*make_documents(50), huge], wordpiece, tmp_path)
+    assert train.size > 5000
+    assert held_out.size <= 0.06 * train.size
+
+
+def test_documents_without_tokens_are_counted(wordpiece, tmp_path):
+    statistics, train, held_out, report = pack([*make_documents(50), "语言", "→"], wordpiece, tmp_path)
+    assert statistics["documents"] == 50
+    assert report.counts == {"no token of the vocabulary": 2}
+
+
+@pytest.mark.parametrize("documents", [["alpha beta"], ["alpha beta gamma delta " * 20]])
+def test_a_text_too_small_is_a_clear_error(wordpiece, tmp_path, documents):
+    with pytest.raises(DataError, match="too few to hold some out|fewer than one training row"):
+        pack(documents, wordpiece, tmp_path)
+
+
+def test_ids_are_stored_small():
+    assert token_dtype(65536) == np.uint16
+    assert token_dtype(65537) == np.uint32
+
+
+def test_mask_keys_name_row_and_pass(wordpiece, tmp_path):
+    pack(make_documents(50), wordpiece, tmp_path)
+    rows = PackedRows(tmp_path / "train.bin", np.dtype(np.uint16), 8)
+    keys = [int(item["mask_key"]) for item in rows.__getitems__([3, 0, 5])]
+    assert len(set(keys)) == 3
+    assert int(rows[3]["mask_key"]) == keys[0]
+    rows.set_epoch(1)
+    assert int(rows[3]["mask_key"]) not in keys
+    copy = pickle.loads(pickle.dumps(rows))
+    assert copy[3]["mask_key"] == rows[3]["mask_key"]
+    assert np.array_equal(copy[4]["input_ids"], rows[4]["input_ids"])
+    assert len(pickle.dumps(rows)) < 2000

@@ -1,0 +1,97 @@
+"""The trained tokenizer: the paper's normaliser, the same in every run, loadable anywhere."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hf_cram.data.sources import DataError
+from hf_cram.data.tokenization import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
+
+TEXT = [
+    f"The {adjective} {noun} number {index} was seen by {name}, who said: “{verb} it!”"
+    for index, (adjective, noun, name, verb) in enumerate(
+        (a, n, m, v)
+        for a in ("quick", "brown", "lazy", "unbelievable")
+        for n in ("fox", "dog", "elephant", "tokenizer")
+        for m in ("Ann", "José", "Müller")
+        for v in ("take", "leave", "tokenize")
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(iter(TEXT), 160, show_progress=False)
+
+
+def test_normaliser_is_the_papers(trained):
+    tokens = trained.tokenize("The  QUICK José,\tsaid “Müller”\x00 → lazily!")
+    assert trained.convert_tokens_to_string(tokens).replace(" ", "") == "thequickjose,saidmullerlazily!"
+    assert "[UNK]" not in tokens
+
+
+def test_size_and_special_tokens(trained):
+    assert len(trained) == 160
+    assert trained.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
+    assert trained.decode(trained("the fox", "the dog")["input_ids"]) == "[CLS] the fox [SEP] the dog [SEP]"
+    assert "[MASK]" in trained.tokenize("the [MASK] fox")
+    assert trained.all_special_ids == [1, 3, 0, 2, 4] or sorted(trained.all_special_ids) == [0, 1, 2, 3, 4]
+
+
+def test_a_text_too_small_for_the_vocabulary_warns(caplog):
+    small = train_tokenizer(["a few words"], 5000, show_progress=False)
+    assert len(small) < 200
+    assert "fewer than 5000" in caplog.text
+    assert "[UNK]" not in small.tokenize("completely different words 123 #!?")
+
+
+def test_a_vocabulary_below_the_alphabet_is_refused():
+    with pytest.raises(DataError, match=str(SMALLEST_VOCABULARY)):
+        train_tokenizer(TEXT, 50)
+
+
+def test_training_is_deterministic_across_processes(tmp_path, python_environment):
+    (tmp_path / "text.json").write_text(json.dumps(TEXT))
+    script = (
+        "import json, sys\nfrom hf_cram.data.tokenization import train_tokenizer\n"
+        "t = train_tokenizer(json.load(open(sys.argv[1])), 160, show_progress=False)\n"
+        "print(json.dumps(sorted(t.get_vocab().items(), key=lambda item: item[1])))"
+    )
+    outputs = set()
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "text.json")],
+            capture_output=True, text=True, check=True, env={**python_environment, "TOKENIZERS_PARALLELISM": "true"},
+        )  # fmt: skip
+        outputs.add(result.stdout)
+    here = train_tokenizer(TEXT, 160, show_progress=False)
+    outputs.add(json.dumps(sorted(here.get_vocab().items(), key=lambda item: item[1])) + "\n")
+    assert len(outputs) == 1
+
+
+def test_loads_with_plain_auto_tokenizer_without_the_package(trained, tmp_path, python_environment):
+    trained.save_pretrained(tmp_path)
+    script = (
+        "import sys\nfrom transformers import AutoTokenizer\nt = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert 'hf_cram' not in sys.modules\nprint(t(sys.argv[2])['input_ids'])"
+    )
+    text = "The unbelievable tokenizer [MASK] said: José!"
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), text],
+        capture_output=True, text=True, check=True, env=python_environment,
+    )  # fmt: skip
+    assert json.loads(result.stdout) == trained(text)["input_ids"]
+
+
+def test_existing_tokenizers(trained, tokenizer, tmp_path):
+    trained.save_pretrained(tmp_path / "good")
+    assert load_tokenizer(tmp_path / "good").get_vocab() == trained.get_vocab()
+    maskless = train_tokenizer(TEXT, 160, show_progress=False)
+    maskless.mask_token = None
+    maskless.save_pretrained(tmp_path / "maskless")
+    with pytest.raises(DataError, match="has no mask_token"):
+        load_tokenizer(tmp_path / "maskless")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_tokenizer(tmp_path / "missing")

@@ -1,0 +1,531 @@
+"""The Trainer under its clock: stopping, following, resuming, skipping - with any model."""
+
+import json
+import math
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB_SIZE, Rows
+from transformers import BertConfig, BertForMaskedLM, TrainerCallback, ViTConfig, ViTForImageClassification, set_seed
+
+from hf_cram import CrammedBertForMaskedLM
+from hf_cram.callbacks import LossCurveCallback
+from hf_cram.checkpointing import CheckpointError, RunState, last_checkpoint
+from hf_cram.data.collator import DataCollatorForFixedCountMasking
+from hf_cram.trainer import CramTrainer, NonFiniteError
+from hf_cram.training_args import CramTrainingArguments
+
+
+class FakeClock:
+    """Time that passes only when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Advance(TrainerCallback):
+    """Lets a step take a second of fake time, and notes what it saw."""
+
+    def __init__(self, clock, seconds=1.0):
+        self.clock = clock
+        self.seconds = seconds
+        self.trainer = None
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.clock.now += self.seconds
+        lr = self.trainer.optimizer.param_groups[0]["lr"]
+        self.seen.append((lr, self.trainer.data_collator.mlm_probability))
+
+
+def make_arguments(output_dir, **values):
+    defaults = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "torch_compile": False,
+        "use_cpu": True,
+    }
+    return CramTrainingArguments(**{**defaults, **values})
+
+
+def make_trainer(config, tokenizer, output_dir, *, rate="0.25", callbacks=(), dataset=None, model=None, clock=None,
+                 **values):  # fmt: skip
+    set_seed(0)
+    arguments = make_arguments(output_dir, **values)
+    collator = DataCollatorForFixedCountMasking(tokenizer, rate)
+    options = {} if clock is None else {"time_function": clock}
+    return CramTrainer(
+        model or CrammedBertForMaskedLM(config),
+        arguments,
+        followers=[collator],
+        eval_data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.15, seed=7),
+        train_dataset=dataset or Rows(64),
+        eval_dataset=Rows(16, seed=1),
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+def run_with_fake_clock(config, tokenizer, output_dir, seconds=1.0, **values):
+    clock = FakeClock()
+    advance = Advance(clock, seconds)
+    trainer = make_trainer(config, tokenizer, output_dir, callbacks=[advance], clock=clock, **values)
+    advance.trainer = trainer
+    trainer._setup_seconds = 0.0
+    trainer.train()
+    return trainer, advance
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same(first, second):
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_schedules_follow_the_clock_and_the_run_stops_at_the_budget(tiny_config, tokenizer, tmp_path):
+    trainer, advance = run_with_fake_clock(
+        tiny_config, tokenizer, tmp_path, time_budget="20s", lr_schedule="triangle2", rate="0:0.5,0.5:0.25",
+        train_batch_rows=16, batch_ramp_until=0.5, logging_interval="5%",
+    )  # fmt: skip
+    assert trainer.state.global_step == 20
+    assert trainer.budget_metrics()["train_seconds"] == 20.0
+    rates = [lr for lr, _ in advance.seen]
+    expected = [1e-2 * (0.25 + 0.75 * (s / 15) if s <= 15 else (20 - s) / 5) for s in range(20)]
+    assert rates == pytest.approx(expected)
+    assert [rate for _, rate in advance.seen] == [0.5] * 10 + [0.25] * 10
+    batches = [entry["batch_rows"] for entry in trainer.state.log_history if "batch_rows" in entry]
+    assert batches == sorted(batches)
+    assert batches[-1] == 16
+    steps = [4 * round(1 + 3 * min(s / 10, 1)) for s in range(20)]
+    assert trainer.run_state.rows_seen == sum(steps)
+    assert trainer.run_state.tokens_seen == 16 * sum(steps)
+
+
+def test_stop_is_at_most_one_step_late(tiny_config, tokenizer, tmp_path):
+    trainer, _ = run_with_fake_clock(tiny_config, tokenizer, tmp_path, seconds=3.0, time_budget="10s")
+    assert trainer.state.global_step == 4
+    assert trainer.budget_metrics()["train_seconds"] == 12.0
+
+
+def test_max_steps_is_an_upper_limit(tiny_config, tokenizer, tmp_path):
+    trainer, advance = run_with_fake_clock(
+        tiny_config, tokenizer, tmp_path, time_budget="1000s", max_steps=4, lr_schedule="linear"
+    )
+    assert trainer.state.global_step == 4
+    assert [lr for lr, _ in advance.seen] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+
+
+def test_real_seconds(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, time_budget="3s", logging_interval="20%")
+    trainer.train()
+    metrics = trainer.budget_metrics()
+    assert metrics["train_seconds"] >= 3.0
+    assert metrics["tokens_seen"] == metrics["samples_seen"] * 16
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) >= 2
+    for key in ("elapsed_seconds", "tokens_seen", "tokens_per_second", "model_flops_per_second", "matmul_peak_share",
+                "learning_rate", "batch_rows", "mlm_probability"):  # fmt: skip
+        assert math.isfinite(logged[-1][key]), key
+
+
+def test_every_parameter_learns(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=3, lr_schedule="constant")
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    unchanged = [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
+    assert unchanged == []
+
+
+def test_accumulation_equals_one_large_micro_batch(tiny_config, tokenizer, tmp_path):
+    results = []
+    for micro_batch in (2, 8):
+        trainer = make_trainer(
+            tiny_config, tokenizer, tmp_path / str(micro_batch), max_steps=5, train_batch_rows=8,
+            per_device_train_batch_size=micro_batch,
+        )  # fmt: skip
+        trainer.train()
+        results.append(weights(trainer))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_stop_and_resume_equals_the_uninterrupted_run(tiny_config, tokenizer, tmp_path, dropout):
+    """Bit for bit: weights, optimiser, random state, rows (over a pass's end), batch ramp, mask phases."""
+    tiny_config.hidden_dropout_prob = dropout
+    settings = {
+        "max_steps": 10, "train_batch_rows": 16, "batch_ramp_until": 0.6, "rate": "0:0.4,0.5:0.2",
+        "save_interval": "100%", "eval_interval": "20%", "dataset": Rows(30),
+    }  # fmt: skip
+    whole = make_trainer(tiny_config, tokenizer, tmp_path / "whole", **settings)
+    whole.train()
+    first = make_trainer(tiny_config, tokenizer, tmp_path / "parts", callbacks=[StopAt(5)], **settings)
+    first.train()
+    assert first.state.global_step == 5
+    second = make_trainer(tiny_config, tokenizer, tmp_path / "parts", **settings)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 10
+    assert second.run_state.rows_seen == whole.run_state.rows_seen > 60
+    assert_same(weights(whole), weights(second))
+    assert second.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+    assert second.run_state.elapsed_seconds > first.run_state.elapsed_seconds
+
+
+def test_resumed_clock_goes_on_where_it_was(tiny_config, tokenizer, tmp_path):
+    first, _ = run_with_fake_clock(
+        tiny_config, tokenizer, tmp_path, time_budget="100s", max_steps=6, save_interval="5s", seconds=10.0
+    )
+    assert RunState.load(last_checkpoint(tmp_path)).elapsed_seconds == 60.0
+    # What was used between the last checkpoint and a kill stands in the heartbeat.
+    clock_file = tmp_path / "clock.json"
+    beat = json.loads(clock_file.read_text())
+    clock_file.write_text(json.dumps({**beat, "elapsed_seconds": 75.0}))
+    clock = FakeClock()
+    advance = Advance(clock, 10.0)
+    second = make_trainer(
+        tiny_config, tokenizer, tmp_path, clock=clock, callbacks=[advance], time_budget="100s", lr_schedule="linear"
+    )
+    advance.trainer = second
+    second._setup_seconds = 0.0
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 9  # 85, 95 and 105 seconds
+    assert [lr for lr, _ in advance.seen] == pytest.approx([0.25e-2, 0.15e-2, 0.05e-2])
+    third = make_trainer(tiny_config, tokenizer, tmp_path, clock=clock, time_budget="100s", save_interval="5s")
+    third.train(resume_from_checkpoint=True)  # the budget is used up
+    assert third.state.global_step == 6
+
+
+def test_a_new_run_moves_the_earlier_one_aside(tiny_config, tokenizer, tmp_path, caplog):
+    out = tmp_path / "out"
+    first = make_trainer(tiny_config, tokenizer, out, max_steps=2, save_interval="50%")
+    first.train()
+    kept = weights(first)
+    second = make_trainer(tiny_config, tokenizer, out, max_steps=3, save_interval="100%", seed=5)
+    second.train()
+    assert last_checkpoint(out).name == "checkpoint-3"
+    assert last_checkpoint(tmp_path / "out.previous-1").name == "checkpoint-2"
+    model = CrammedBertForMaskedLM.from_pretrained(last_checkpoint(tmp_path / "out.previous-1"))
+    assert_same(kept, model.state_dict())
+    assert "was moved to" in caplog.text
+
+
+def test_resuming_needs_a_complete_checkpoint(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=2, save_interval="50%", save_total_limit=5)
+    trainer.train()
+    (tmp_path / "checkpoint-9").mkdir()  # as a foreign program would leave it
+    (tmp_path / ".saving").mkdir()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    again = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=3)
+    with pytest.raises(CheckpointError, match="checkpoint-9 is not a complete checkpoint"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-77"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 3
+    assert not (tmp_path / ".saving").exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_config, tokenizer, tmp_path):
+    make_trainer(tiny_config, tokenizer, tmp_path, max_steps=6, save_interval="16%", save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
+class Poison(TrainerCallback):
+    """Puts a NaN into the gradients of chosen steps, after the backward pass."""
+
+    def __init__(self, steps):
+        self.steps = steps
+        self.handle = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+        self.count = getattr(self, "count", 0) + 1
+        if self.count in self.steps:
+            parameter = model.model.layers[0].mlp.dense_in.weight
+            self.handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path, max_steps=6, callbacks=[Poison({1, 3, 4})], max_nonfinite_steps=3
+    )
+    trainer.train()
+    assert trainer.run_state.skipped_steps == 3
+    assert trainer.budget_metrics()["skipped_steps"] == 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_good_weights(tiny_config, tokenizer, tmp_path):
+    good = make_trainer(tiny_config, tokenizer, tmp_path / "good", max_steps=9, callbacks=[StopAt(2)])
+    good.train()
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path / "bad", max_steps=9, max_nonfinite_steps=3,
+        callbacks=[Poison(set(range(3, 99)))],
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match="3 steps in a row.*checkpoint-4.*learning_rate"):
+        trainer.train()
+    saved = CrammedBertForMaskedLM.from_pretrained(last_checkpoint(tmp_path / "bad"))
+    assert_same(weights(good), saved.state_dict())
+
+
+def test_an_evaluation_that_would_overrun_is_not_started(tiny_config, tokenizer, tmp_path):
+    trainer, _ = run_with_fake_clock(
+        tiny_config, tokenizer, tmp_path, time_budget="10s", eval_interval="3s", save_interval="3s", seconds=1.0
+    )
+    evaluations = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluations == [3, 6, 9]
+    clock = FakeClock()
+    advance = Advance(clock)
+    slow = make_trainer(
+        tiny_config, tokenizer, tmp_path / "slow", clock=clock, callbacks=[advance], time_budget="10s",
+        eval_interval="3s", save_interval="3s",
+    )  # fmt: skip
+    advance.trainer = slow
+    slow._setup_seconds = 0.0
+    slow._eval_seconds = slow._save_seconds = 5.0
+    slow.train()
+    assert [entry["step"] for entry in slow.state.log_history if "eval_loss" in entry] == [3]
+    # After that evaluation no save would have fitted; the end is always saved, after the clock.
+    assert [path.name for path in (tmp_path / "slow").glob("checkpoint-*")] == ["checkpoint-10"]
+
+
+def test_evaluating_does_not_change_the_training(tiny_config, tokenizer, tmp_path):
+    tiny_config.hidden_dropout_prob = 0.2
+    quiet = make_trainer(tiny_config, tokenizer, tmp_path / "a", max_steps=6)
+    quiet.train()
+    watched = make_trainer(tiny_config, tokenizer, tmp_path / "b", max_steps=6, eval_interval="10%")
+    watched.train()
+    assert_same(weights(quiet), weights(watched))
+    assert watched.evaluate()["eval_loss"] == watched.evaluate()["eval_loss"]
+
+
+def test_transformers_own_bert_can_be_crammed(tokenizer, tmp_path):
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    set_seed(0)
+    collator = DataCollatorForFixedCountMasking(tokenizer, 0.25, return_masked_positions=False)
+    trainer = CramTrainer(
+        BertForMaskedLM(config),
+        make_arguments(tmp_path, time_budget="3s", logging_interval="10%"),
+        train_dataset=Rows(64),
+        data_collator=collator,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert trainer.budget_metrics()["tokens_seen"] > 0
+
+
+def test_images_can_be_crammed(tmp_path):
+    from sklearn.datasets import load_digits
+    from torch.utils.data import Dataset
+
+    digits = load_digits()
+
+    class Digits(Dataset):
+        def __len__(self):
+            return len(digits.target)
+
+        def __getitem__(self, index):
+            image = torch.tensor(digits.images[index] / 16.0, dtype=torch.float32).unsqueeze(0)
+            return {"pixel_values": image, "labels": int(digits.target[index])}
+
+    set_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=2,
+        num_channels=1, num_labels=10,
+    )  # fmt: skip
+    trainer = CramTrainer(
+        ViTForImageClassification(config),
+        make_arguments(tmp_path, time_budget="6s", per_device_train_batch_size=32, learning_rate=3e-3,
+                       lr_schedule="one_cycle", logging_interval="10%"),
+        train_dataset=Digits(),
+        eval_dataset=Digits(),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )  # fmt: skip
+    trainer.train()
+    assert "tokens_seen" not in trainer.budget_metrics()
+    assert trainer.budget_metrics()["samples_seen"] > 1000
+    assert trainer.evaluate()["eval_accuracy"] > 0.5
+
+
+def test_loss_curve_and_tensorboard(tiny_config, tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path / "out", max_steps=10, logging_interval="10%", eval_interval="50%",
+        report_to="tensorboard", callbacks=[LossCurveCallback()],
+    )  # fmt: skip
+    trainer.train()
+    assert (tmp_path / "out" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (tmp_path / "board").rglob("events*")
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    assert {"train/loss", "train/tokens_seen", "train/mlm_probability", "eval/loss"} <= set(
+        accumulator.Tags()["scalars"]
+    )
+
+
+def test_wrong_arguments_are_one_line(tmp_path):
+    for values, message in (
+        ({}, "set time_budget"),
+        ({"time_budget": "soon"}, "not a duration"),
+        ({"time_budget": "5s", "lr_schedule": "trianglez"}, "did you mean 'triangle2'"),
+        ({"time_budget": "5s", "train_batch_rows": 6}, "multiple of 4"),
+        ({"time_budget": "5s", "gradient_accumulation_steps": 2}, "set train_batch_rows"),
+        ({"time_budget": "5s", "batch_ramp_until": 2.0}, "fraction of the budget"),
+        ({"time_budget": "5s", "save_interval": "now and then"}, "not an interval"),
+        ({"time_budget": "5s", "hub_token": "secret"}, "HF_TOKEN"),
+        ({"time_budget": "5s", "max_nonfinite_steps": 0}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            make_arguments(tmp_path, **values)
+        assert "secret" not in str(caught.value)
+
+
+def test_datasets_that_cannot_resume_are_refused(tiny_config, tokenizer, tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield {}
+
+    for dataset, message in ((Stream(), "map-style"), (Rows(0), "empty")):
+        with pytest.raises(ValueError, match=message):
+            CramTrainer(
+                CrammedBertForMaskedLM(tiny_config), make_arguments(tmp_path, max_steps=1), train_dataset=dataset
+            )
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_good(tiny_config, tokenizer, tmp_path):
+    """Files beyond a size cannot be written any more: the second save fails as on a full disk."""
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=8, save_interval="25%", callbacks=[Fill(3)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(CheckpointError, match="checkpoint-4 failed.*Earlier checkpoints are untouched") as caught:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert not (tmp_path / ".saving").exists()
+    again = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=8, save_interval="25%")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+
+
+class Fill(TrainerCallback):
+    """From a step on, no file may grow beyond 20 kB."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_rows_of_a_pass_are_each_seen_once_and_reshuffled(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1, dataset=Rows(20))
+    stream = trainer._row_stream()
+    known = {row.tobytes(): index for index, row in enumerate(trainer.train_dataset.rows)}
+    passes = [
+        [known[item["input_ids"].tobytes()] for item in stream.__getitems__(list(range(start, start + 20)))]
+        for start in (0, 20)
+    ]
+    distinct = sorted(known.values())
+    assert sorted(set(passes[0])) == sorted(set(passes[1])) == distinct
+    assert passes[0] != passes[1]
+    straddling = [known[item["input_ids"].tobytes()] for item in stream.__getitems__(list(range(15, 25)))]
+    assert straddling == passes[0][15:] + passes[1][:5]
+    trainer.args.train_sampling_strategy = "sequential"
+    first = trainer._row_stream().__getitems__([0, 1, 2])
+    assert all(np.array_equal(item["input_ids"], trainer.train_dataset.rows[i]) for i, item in enumerate(first))
+
+
+PARALLEL = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from conftest import Rows
+from test_trainer import make_trainer
+from hf_cram import CrammedBertConfig
+from safetensors.torch import load_file
+config = CrammedBertConfig.from_pretrained(sys.argv[1])
+tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(sys.argv[1])
+kind, out = sys.argv[3], sys.argv[4]
+settings = dict(per_device_train_batch_size=4 // int(__import__("os").environ.get("WORLD_SIZE", 1)), train_batch_rows=16, batch_ramp_until=0.5, dataset=Rows(50))
+settings.update(dict(max_steps=6) if kind == "steps" else dict(time_budget="4s", logging_interval="10%", eval_interval="25%", save_interval="25%"))
+trainer = make_trainer(config, tokenizer, out, **settings)
+trainer.train()
+trainer.save_model()
+state = [trainer.state.global_step, trainer.run_state.rows_seen, trainer.optimizer.param_groups[0]["lr"]]
+total = sum(p.double().sum().item() for p in trainer.model.parameters())
+open(f"{out}.rank{trainer.args.process_index}", "w").write(repr((state, total)))
+"""
+
+
+def run_parallel(config, tokenizer, folder, kind, processes, environment):
+    config.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "parallel.py").write_text(PARALLEL)
+    out = folder / f"{kind}-{processes}"
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(folder / "parallel.py")]
+    command += [str(folder / "base"), str(Path(__file__).parent), kind, str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return out
+
+
+def test_two_processes_equal_one(tiny_config, tokenizer, tmp_path, python_environment):
+    from safetensors.torch import load_file
+
+    outs = [run_parallel(tiny_config, tokenizer, tmp_path, "steps", n, python_environment) for n in (1, 2)]
+    one, two = (load_file(out / "model.safetensors") for out in outs)
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() < 1e-5, name
+    ranks = [(tmp_path / f"steps-2.rank{rank}").read_text() for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+
+
+def test_two_processes_share_one_clock(tiny_config, tokenizer, tmp_path, python_environment):
+    """No hang, and both ranks end at the same step with the same rate and weights."""
+    out = run_parallel(tiny_config, tokenizer, tmp_path, "clock", 2, python_environment)
+    ranks = [(tmp_path / f"clock-2.rank{rank}").read_text() for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    state = RunState.load(last_checkpoint(out))
+    assert state.elapsed_seconds >= 4.0
