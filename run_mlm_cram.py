@@ -25,6 +25,7 @@ from hf_cram.checkpointing import CheckpointError
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 from hf_cram.data.sources import DataError
+from hf_cram.launching import start_missing_processes
 from hf_cram.model_card import build_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.trainer import CramTrainer, NonFiniteError
@@ -158,6 +159,7 @@ def write_card(
 
 if __name__ == "__main__":
     try:
+        start_missing_processes()
         sys.exit(main())
     except (CheckpointError, DataError, NonFiniteError, ValueError) as error:
         sys.exit(f"run_mlm_cram.py: error: {error}")

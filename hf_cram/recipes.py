@@ -41,6 +41,10 @@ class RecipeParser(HfArgumentParser):
 
     given: dict[str, Any]
 
+    def __init__(self, dataclass_types: Any, **kwargs: Any):
+        # An option that is almost one of ours is a mistake, not a short form.
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 

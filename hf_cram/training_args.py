@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -93,7 +94,10 @@ class CramTrainingArguments(TrainingArguments):
             self.do_eval = True
         # The batch sampler continues at the next unseen row by itself.
         self.ignore_data_skip = True
+        # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
+        asked_for_bf16, self.bf16 = self.bf16, False
         super().__post_init__()
+        self._set_bf16(asked_for_bf16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
         build_lr_schedule(self.lr_schedule, self.lr_schedule_shape)
         self._check_batch()
@@ -112,6 +116,15 @@ class CramTrainingArguments(TrainingArguments):
     def largest_batch_rows(self) -> int:
         """Rows of a full optimiser step over all processes."""
         return self.train_batch_rows or self.smallest_batch_rows
+
+    def _set_bf16(self, asked_for: bool | None) -> None:
+        if asked_for and self.fp16:
+            raise ValueError("bf16 and fp16 are both true: choose one")
+        if asked_for and self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("bf16: true, but this GPU has no bf16: use fp16: true")
+        self.bf16 = asked_for
+        if asked_for:
+            self.mixed_precision = "bf16"
 
     def _check_fields(self) -> None:
         if self.gradient_accumulation_steps != 1:

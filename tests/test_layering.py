@@ -1,0 +1,46 @@
+"""Who may import whom."""
+
+import ast
+
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "hf_cram"
+# A module may import those of lower layers, and data modules each other.
+LAYERS = [
+    {"version", "files", "configuration_crammed_bert"},
+    {"modeling_crammed_bert", "budget", "optimization", "hardware", "launching"},
+    {"checkpointing", "callbacks", "training_args"},
+    {"trainer", "recipes"},
+    {"model_card"},
+]
+ALONE = {"model_card"}  # takes plain dicts
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield node.level, (node.module or "").split(".")[0]
+
+
+def test_modules_import_lower_layers_only():
+    layer_of = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    for path in PACKAGE.glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for level, imported in imports_of(path):
+            assert level == 1
+            assert layer_of[imported] < layer_of[path.stem], f"{path.name} imports {imported}"
+            assert path.stem not in ALONE
+
+
+def test_data_knows_nothing_of_models_and_training():
+    for path in (PACKAGE / "data").glob("*.py"):
+        for level, imported in imports_of(path):
+            assert level == 1 or imported == "files", f"{path.name} imports {imported}"
+
+
+def test_no_module_reads_pickles_or_runs_foreign_code():
+    for path in [*PACKAGE.rglob("*.py"), REPOSITORY / "run_mlm_cram.py"]:
+        source = path.read_text()
+        for forbidden in ("pickle", "trust_remote_code=True", "weights_only=False", "eval(", "exec("):
+            assert forbidden not in source.replace(".eval()", ""), f"{path.name}: {forbidden}"

@@ -1,0 +1,124 @@
+"""Every recipe parses and builds its model; every mistake is one line."""
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
+
+from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
+from hf_cram.data.pipeline import DataArguments
+from hf_cram.recipes import ModelArguments, RecipeParser, build_config
+from hf_cram.training_args import CramTrainingArguments
+from run_mlm_cram import MaskingArguments
+
+RECIPES = sorted((REPOSITORY / "training_args").glob("*.yaml"))
+
+
+def parse(*arguments):
+    parser = RecipeParser((ModelArguments, DataArguments, MaskingArguments, CramTrainingArguments), prog="cram")
+    return parser.parse([str(argument) for argument in arguments]), parser
+
+
+def failure(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        parse(*arguments)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+class Sized(PreTrainedTokenizerFast):
+    """Stands in for a trained tokenizer of a recipe's size."""
+
+    def __init__(self, size, pad_token_id=0):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    pad_token_id = 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_builds_its_model(path):
+    (model_args, data_args, masking_args, training_args), _ = parse(path)
+    config = build_config(model_args, Sized(data_args.vocab_size))
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(config)
+    assert isinstance(model, CrammedBertForMaskedLM)
+    assert data_args.max_seq_length <= config.max_position_embeddings
+    assert training_args.time_budget_seconds > 0
+    given = yaml.safe_load(path.read_text())
+    assert training_args.learning_rate == float(given["learning_rate"])
+
+
+def test_the_papers_recipe_is_the_papers():
+    (model_args, data_args, masking_args, training_args), _ = parse(REPOSITORY / "training_args/crammed_bert_24h.yaml")
+    assert build_config(model_args, Sized(32768)).to_dict() == CrammedBertConfig().to_dict()
+    assert (data_args.vocab_size, data_args.max_seq_length, masking_args.mlm_probability) == (32768, 128, "0.25")
+    assert training_args.time_budget_seconds == 86400
+    assert (training_args.learning_rate, training_args.lr_schedule) == (1e-3, "triangle2")
+    assert (training_args.train_batch_rows, training_args.batch_ramp_until) == (8192, 0.6)
+    assert (training_args.adam_beta1, training_args.adam_beta2, training_args.adam_epsilon) == (0.9, 0.98, 1e-12)
+    assert (training_args.weight_decay, training_args.max_grad_norm) == (0.01, 0.5)
+
+
+def test_the_original_recipe_is_bert_base():
+    (model_args, data_args, _, _), _ = parse(REPOSITORY / "training_args/bert_original_24h.yaml")
+    expected = CrammedBertConfig.original_bert(vocab_size=data_args.vocab_size).to_dict()
+    assert build_config(model_args, Sized(data_args.vocab_size)).to_dict() == expected
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "output_dir: out\ntime_budget: 600\nlearning_rate: 1e-3\nhidden_size: 64\nbf16: false\n"
+        "train_files: [a.txt, b.txt]\nlr_schedule: flat_then_linear\nlr_scheduler_kwargs: {warmup: 0.1}\n"
+    )
+    (model_args, data_args, _, training_args), parser = parse(recipe, "--learning_rate", "2e-4", "--hidden_size", 32)
+    assert (model_args.hidden_size, training_args.learning_rate) == (32, 2e-4)
+    assert training_args.time_budget_seconds == 600
+    assert training_args.bf16 is False
+    assert training_args.torch_compile is None
+    assert training_args.lr_schedule_shape == {"warmup": 0.1}
+    assert data_args.train_files == ["a.txt", "b.txt"]
+    assert parser.given["learning_rate"] == 2e-4
+    assert parser.given["time_budget"] == 600
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rat: 1e-3", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("learning_rate: fast", "learning_rate"),
+        ("learning_rate: [1, 2]", "learning_rate must be one value"),
+        ("train_files: a.txt", "train_files must be a list"),
+        ("hidden_size: 1.5", "hidden_size"),
+        ("position_embedding_type: fourier", "position_embedding_type must be one of scaled_sinusoidal"),
+        ("bf16: maybe", "bf16"),
+        ("just text", "must hold 'key: value' lines"),
+        ("a: [", "not valid YAML"),
+        ("time_budget: soon", "'soon' is not a duration"),
+        ("eval_rows: 0", "eval_rows must be at least 1"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line(tmp_path, capsys, content, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content + "\noutput_dir: out\n" + ("" if "time_budget" in content else "time_budget: 5s\n")
+                      if ":" in content and content[-1] != "[" else content)  # fmt: skip
+    error = failure(capsys, recipe)
+    assert message in error
+    assert error.startswith("cram: error: ")
+
+
+def test_a_mistake_on_the_command_line_is_one_line(capsys):
+    recipe = REPOSITORY / "training_args/debug.yaml"
+    assert "unknown option --learning_rat; did you mean 'learning_rate'?" in failure(
+        capsys, recipe, "--learning_rat", 1
+    )
+    assert "learning_rate" in failure(capsys, recipe, "--learning_rate", "fast")
+    assert "cannot be read: No such file" in failure(capsys, "missing.yaml")
+    assert "unexpected argument 'more'" in failure(capsys, recipe, "more")
+    assert "set time_budget" in failure(capsys, "--output_dir", "out")

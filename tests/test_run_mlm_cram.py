@@ -1,0 +1,249 @@
+"""The main job as a user runs it, killed and resumed."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from hf_cram.checkpointing import RunState, last_checkpoint
+from hf_cram.launching import missing_processes
+
+WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
+SMALL = [
+    "--vocab_size", "200", "--max_seq_length", "32", "--eval_rows", "16", "--hidden_size", "32",
+    "--num_hidden_layers", "2", "--num_attention_heads", "2", "--intermediate_size", "64",
+    "--per_device_train_batch_size", "8", "--learning_rate", "5e-3", "--bf16", "false", "--torch_compile", "false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(5, 30))) + "." for _ in range(2000)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    return folder
+
+
+def arguments(text, out, *more):
+    files = ["--train_files", str(text / "text.txt"), "--cache_dir", str(text / "cache"), "--output_dir", str(out)]
+    return [str(REPOSITORY / "run_mlm_cram.py"), *files, *SMALL, *more]
+
+
+def run(command, environment, **options):
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=180,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """One run from raw text to its end, stopped by SIGTERM on the way."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    out = tmp_path_factory.mktemp("run") / "out"
+    command = arguments(text, out, "--time_budget", "60s", "--logging_interval", "1s")
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
+    while not (out / "clock.json").is_file() and process.poll() is None:
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    stopped = RunState.load(last_checkpoint(out))
+    more = ["--time_budget", f"{stopped.elapsed_seconds + 4}s", "--logging_interval", "1s", "--eval_interval", "50%",
+            "--resume_from_checkpoint", "true"]  # fmt: skip
+    return process.returncode, errors, stopped, run(arguments(text, out, *more), environment), out
+
+
+def test_sigterm_saves_and_says_so(finished):
+    code, errors, stopped, _, _ = finished
+    assert code == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM with a checkpoint: continue with --resume_from_checkpoint true" in errors
+    assert stopped.rows_seen > 0
+
+
+def test_resumed_run_ends_with_everything_in_the_output_folder(finished):
+    _, _, stopped, result, out = finished
+    assert result.returncode == 0, result.stderr[-2000:]
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "trainer_state.json", "all_results.json",
+                     "loss_curve.png", "README.md", "modeling_crammed_bert.py"}  # fmt: skip
+    results = json.loads((out / "all_results.json").read_text())
+    for key in ("eval_loss", "eval_perplexity", "tokens_seen", "tokens_per_second", "train_seconds",
+                "preprocessing_seconds", "time_budget_seconds", "skipped_steps"):  # fmt: skip
+        assert key in results, key
+    assert results["train_seconds"] >= results["time_budget_seconds"] > stopped.elapsed_seconds
+    assert results["tokens_seen"] > stopped.tokens_seen
+    assert results["eval_perplexity"] == pytest.approx(np.exp(results["eval_loss"]))
+    assert results["eval_loss"] < np.log(200)
+    assert len([line for line in result.stdout.splitlines() if "[MASK]" in line]) == 5
+
+
+def test_result_works_everywhere(finished):
+    out = finished[-1]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForMaskedLM.from_pretrained(out)
+    (best, *_) = pipeline("fill-mask", model=model, tokenizer=tokenizer)("the old [MASK] saw a boat")
+    assert best["token_str"] in tokenizer.get_vocab()
+    card = ModelCard.load(out / "README.md")
+    assert card.data.pipeline_tag == "fill-mask"
+    assert card.data.eval_results[0].metric_value == pytest.approx(
+        json.loads((out / "all_results.json").read_text())["eval_loss"], abs=1e-3
+    )
+    assert "hidden_size: 32" in card.text
+    assert str(out.parent) not in (out / "README.md").read_text()
+
+
+def test_held_out_loss_is_that_of_the_saved_model(finished, text):
+    from hf_cram.data.collator import DataCollatorForFixedCountMasking
+    from hf_cram.data.pipeline import DataArguments, prepare_corpus
+    from run_mlm_cram import EVAL_MASK_SEED, EVAL_MLM_PROBABILITY
+
+    corpus = prepare_corpus(
+        DataArguments(train_files=[str(text / "text.txt")], cache_dir=str(text / "cache"), vocab_size=200,
+                      max_seq_length=32, eval_rows=16)
+    )  # fmt: skip
+    assert corpus.from_cache
+    collator = DataCollatorForFixedCountMasking(corpus.tokenizer, EVAL_MLM_PROBABILITY, seed=EVAL_MASK_SEED)
+    model = AutoModelForMaskedLM.from_pretrained(finished[-1])
+    with torch.no_grad():
+        loss = model(**collator([corpus.eval_dataset[index] for index in range(16)])).loss.item()
+    recorded = json.loads((finished[-1] / "all_results.json").read_text())["eval_loss"]
+    assert loss == pytest.approx(recorded, abs=1e-4)
+
+
+def test_two_processes_launched_by_accelerate(text, tmp_path, python_environment):
+    out = tmp_path / "out"
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    command = arguments(text, out, "--time_budget", "4s", "--save_interval", "1s", "--eval_interval", "50%")
+    environment = {**python_environment, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    result = run([*launcher, *command], environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["train_seconds"] >= 4
+    assert (last_checkpoint(out) / "rng_state_1.pth").is_file()
+
+
+def test_accelerate_on_a_cpu_is_held_to_the_number_asked_for():
+    several = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "0"}
+    command = ["accelerate", "launch", "--cpu", "--num_processes", "3", "run.py"]
+    assert missing_processes(several, command) == 3
+    assert missing_processes(several, ["accelerate", "launch", "--num_processes=4", "run.py"]) == 4
+    assert missing_processes({**several, "RANK": "0"}, command) is None
+    assert missing_processes({**several, "OMPI_COMM_WORLD_SIZE": "3"}, command) is None
+    assert missing_processes({"ACCELERATE_USE_CPU": "True"}, command) is None
+    with pytest.raises(ValueError, match="name --num_processes"):
+        missing_processes(several, ["accelerate", "launch", "run.py"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train_files", "/missing/file.txt"], "/missing/file.txt: no such file or folder"),
+        (["--max_position_embeddings", "16"], "raise the latter"),
+    ],
+)
+def test_a_users_mistake_is_one_line(text, tmp_path, python_environment, options, message):
+    result = run(arguments(text, tmp_path / "out", "--max_steps", "2", *options), python_environment)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("run_mlm_cram.py: error: ")
+    assert message in result.stderr.strip().splitlines()[-1]
+
+
+# Forks a run whenever it is asked to: the imports are paid once, the runs are processes of their own.
+SERVER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from test_trainer import make_trainer
+from conftest import Rows
+from hf_cram import CrammedBertConfig
+from transformers import AutoTokenizer
+config, tokenizer = CrammedBertConfig.from_pretrained(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[2])
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        trainer = make_trainer(
+            config, tokenizer, line.strip(), max_steps=40, save_interval="5%", train_batch_rows=8,
+            batch_ramp_until=0.5, rate="0:0.4,0.5:0.2", dataset=Rows(50),
+        )
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_model()
+        os._exit(0)
+    print(pid, flush=True)
+    print("exit", os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_resumes_to_the_same_weights(
+    tiny_config, tokenizer, tmp_path, python_environment, kills
+):
+    """SIGKILL at any moment, saving included; what comes out in the end is the uninterrupted run, bit for bit."""
+    tiny_config.hidden_dropout_prob = 0.1
+    tiny_config.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(Path(__file__).parent), str(tmp_path / "base")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=python_environment,
+    )  # fmt: skip
+    lines = (line for line in server.stdout if line.split()[0].isdigit() or line.startswith(("ready", "exit")))
+    assert next(lines) == "ready\n"
+
+    def run_once(out, kill_after):
+        server.stdin.write(f"{out}\n")
+        server.stdin.flush()
+        pid = int(next(lines))
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with contextlib.suppress(ProcessLookupError):  # it was quicker
+                os.kill(pid, signal.SIGKILL)
+        return int(next(lines).split()[1])
+
+    rng = random.Random(0)
+    started = time.monotonic()
+    assert run_once(tmp_path / "whole", None) == 0
+    whole_seconds = time.monotonic() - started
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    killed, number, finished = 0, 0, 0
+    while killed < kills or not finished:
+        out = tmp_path / f"run-{number}"
+        before = last_checkpoint(out)
+        elapsed = RunState.load(before).elapsed_seconds if before else 0.0
+        status = run_once(out, None if killed >= kills else rng.uniform(0.1, 0.8) * whole_seconds)
+        if status == 0:
+            finished += 1
+            number += 1
+            result = load_file(out / "model.safetensors")
+            assert all(torch.equal(tensor, result[name]) for name, tensor in expected.items())
+            continue
+        assert status == signal.SIGKILL
+        killed += 1
+        if (after := last_checkpoint(out)) is not None:
+            state = RunState.load(after)
+            load_file(after / "model.safetensors")
+            assert state.elapsed_seconds >= elapsed
+            assert json.loads((after / "trainer_state.json").read_text())["global_step"] > 0
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()
+    assert killed >= kills
