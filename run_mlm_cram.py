@@ -13,7 +13,6 @@ import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,7 +144,7 @@ def write_card(
         else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     )
     card = build_model_card(
-        model_name=Path(trainer.args.output_dir).resolve().name,
+        model_name=trainer.output_dir.resolve().name,
         results=results,
         recipe=recipe,
         hardware=f"{trainer.args.world_size} x {hardware}",
@@ -154,7 +153,7 @@ def write_card(
         num_parameters=trainer.model.num_parameters(),
         sequence_length=data_args.max_seq_length,
     )
-    card.save(Path(trainer.args.output_dir) / "README.md")
+    card.save(trainer.output_dir / "README.md")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def measure(arm: str, shape: dict) -> dict:
     torch.set_flush_denormal(True)
     set_seed(0)
     steps, micro_batch = shape["steps"], shape["micro_batch"]
-    blocks = 2 if arm != "crammed" else 6
+    blocks = 2 if arm != "crammed" else 4
     total_steps = WARMUP_STEPS + blocks * (steps // 2)
     tokenizer, model, rows = build_tokenizer(), build_model(arm, shape), build_rows(total_steps * micro_batch)
     timer = Timer({})

@@ -99,7 +99,7 @@ class LossCurveCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            draw_loss_curve(state.log_history, Path(args.output_dir) / LOSS_CURVE_NAME)
+            draw_loss_curve(state.log_history, Path(str(args.output_dir)) / LOSS_CURVE_NAME)
 
 
 def draw_loss_curve(log_history: Sequence[dict[str, float]], path: Path) -> None:

@@ -1,10 +1,13 @@
 """What this machine can do: matrix-product speed, bf16 or not, compile or not, and the work of one row."""
 
 import copy
+import importlib.util
 import os
 import shutil
+import sysconfig
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,10 +70,14 @@ def bf16_is_faster(device: torch.device, shape: tuple[int, int], seconds: float 
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile's default backend has what it needs: a C++ compiler on a CPU, Triton on a GPU."""
+    """
+    Whether torch.compile's default backend has what it needs: on a CPU a C++ compiler and Python's headers, on a GPU
+    Triton.
+    """
     if device.type == "cpu":
-        return shutil.which(os.environ.get("CXX", "g++")) is not None
-    return torch.utils._triton.has_triton()
+        headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        return shutil.which(os.environ.get("CXX", "g++")) is not None and headers.is_file()
+    return importlib.util.find_spec("triton") is not None
 
 
 def compile_pays_off(model: nn.Module, device: torch.device, seconds_left: float | None) -> bool:

@@ -25,7 +25,7 @@ ModelArguments = make_dataclass(
     "ModelArguments",
     [
         (spec.name, _plain_type(spec.type), field(default=spec.default, metadata={"help": "See CrammedBertConfig."}))
-        for spec in fields(CrammedBertConfig)  # type: ignore[arg-type]
+        for spec in fields(CrammedBertConfig)
         if spec.name in CrammedBertConfig.__annotations__ and spec.name not in TOKENIZER_FIELDS
     ],
 )

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,10 @@ class CramTrainer(Trainer):
     """
 
     args: CramTrainingArguments
+    model: PreTrainedModel
+    train_dataset: Any
+    eval_dataset: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -170,7 +175,7 @@ class CramTrainer(Trainer):
         time_function: Callable[[], float] = time.monotonic,
         **kwargs: Any,
     ):
-        train_dataset = kwargs.get("train_dataset")
+        train_dataset: Any = kwargs.get("train_dataset")
         if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
             raise ValueError("CramTrainer needs a map-style training dataset with a length, to resume where it was")
         if len(train_dataset) == 0:
@@ -182,6 +187,7 @@ class CramTrainer(Trainer):
         )
         self._choose_compile(model, args)
         self._setup_seconds = time_function() - started
+        self._started_at = 0.0
 
         super().__init__(model=model, args=args, **kwargs)
         self.clock = BudgetClock(args.time_budget_seconds, time_function)
@@ -193,7 +199,7 @@ class CramTrainer(Trainer):
         self._clock_fraction = 0.0
         self._follower_logs: dict[str, float] = {}
         self._nonfinite_in_a_row = 0
-        self._step_loss: torch.Tensor | None = None
+        self._step_loss = torch.zeros(())
         self._row_flops = 0.0
         self._eval_seconds: float | None = None
         self._save_seconds: float | None = None
@@ -212,6 +218,11 @@ class CramTrainer(Trainer):
         self.add_callback(ClockCallback(self._end_step))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(BudgetProgressCallback(self.progress))
+
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints and results go."""
+        return Path(str(self.args.output_dir))
 
     # ---- What the hardware is good for ----
 
@@ -296,7 +307,7 @@ class CramTrainer(Trainer):
             eval_seconds = self._expected_eval_seconds() if control.should_evaluate else 0.0
             fits_eval = control.should_evaluate and eval_seconds <= seconds_left
             seconds_left -= eval_seconds if fits_eval else 0.0
-            decisions = [fits_eval, control.should_save and self._expected_save_seconds() <= seconds_left]
+            decisions = [bool(fits_eval), control.should_save and self._expected_save_seconds() <= seconds_left]
         control.should_evaluate, control.should_save = broadcast_object_list(decisions)
 
     def _expected_eval_seconds(self) -> float:
@@ -315,7 +326,9 @@ class CramTrainer(Trainer):
 
     # ---- Training ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
         """
         Train until the budget is used up.
 
@@ -326,9 +339,10 @@ class CramTrainer(Trainer):
         checkpoint = self._open_run(resume_from_checkpoint)
         torch.set_flush_denormal(True)  # denormal gradients slow a CPU down many times
         self.clock.start(self.run_state.elapsed_seconds + self._setup_seconds)
+        self._started_at = time.time() - self._setup_seconds
         self._row_flops = self._measure_row_flops()
         heartbeat = (
-            Heartbeat(Path(self.args.output_dir), self._heartbeat_values)
+            Heartbeat(self.output_dir, self._heartbeat_values)
             if self.args.process_index == 0
             else contextlib.nullcontext()
         )
@@ -337,7 +351,7 @@ class CramTrainer(Trainer):
 
     def _open_run(self, resume_from_checkpoint: str | bool | None) -> Path | None:
         """Find the checkpoint and the clock to continue from, or make room for a new run."""
-        output_dir = Path(self.args.output_dir)
+        output_dir = self.output_dir
         checkpoint: Path | None = None
         is_main = self.args.process_index == 0
         if resume_from_checkpoint:
@@ -370,6 +384,7 @@ class CramTrainer(Trainer):
             "run_id": self.run_state.run_id,
             "elapsed_seconds": self.clock.elapsed_seconds,
             "time_budget_seconds": self.clock.time_budget_seconds,
+            "started_at": self._started_at,  # of this session, seconds since 1970
         }
 
     @contextlib.contextmanager
@@ -413,15 +428,6 @@ class CramTrainer(Trainer):
         sampler = BudgetBatchSampler(
             self._batch_rows, self.run_state.rows_seen, self.args.process_index, self.args.world_size
         )
-        seeding = (
-            {
-                "worker_init_fn": lambda worker: seed_worker(
-                    worker, self.args.dataloader_num_workers, self.args.process_index
-                )
-            }
-            if self.args.dataloader_num_workers
-            else {}
-        )
         return DataLoader(
             self._row_stream(),
             batch_sampler=sampler,
@@ -431,7 +437,9 @@ class CramTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             # A generator of its own: the loader's draw must not move the restored random state of a resumed run.
             generator=torch.Generator().manual_seed(self.args.seed),
-            **seeding,
+            worker_init_fn=partial(
+                seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
+            ),
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -525,7 +533,7 @@ class CramTrainer(Trainer):
         self._save_checkpoint(self.model, trial=None)
         raise NonFiniteError(
             f"{self._nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite. The weights before "
-            f"them are in {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}: lower learning_rate "
+            f"them are in {self.output_dir / f'checkpoint-{self.state.global_step}'}: lower learning_rate "
             "or max_grad_norm, or use bf16: false, and continue with --resume_from_checkpoint true"
         )
 
@@ -576,7 +584,7 @@ class CramTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
-        target = Path(output_dir or self.args.output_dir)
+        target = Path(output_dir) if output_dir else self.output_dir
         staged = target / STAGING_NAME / "model"
         with save_errors(target):
             super().save_model(str(staged), _internal_call=True)

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -52,9 +53,9 @@ def source_files(search_paths: Sequence[str] | None = None) -> list[tuple[str, P
 
 
 def _distributions(search_paths: Sequence[str] | None) -> list[importlib.metadata.Distribution]:
-    paths = {"path": list(search_paths)} if search_paths is not None else {}
+    paths = sys.path if search_paths is None else list(search_paths)
     by_name: dict[str, importlib.metadata.Distribution] = {}
-    for distribution in importlib.metadata.distributions(**paths):
+    for distribution in importlib.metadata.distributions(path=paths):
         by_name.setdefault(_name(distribution), distribution)  # the first on the path is the one imported
     return [by_name[name] for name in sorted(by_name)]
 

@@ -150,7 +150,7 @@ def _open_binary(file: Path) -> IO[bytes]:
     if suffix == ".gz":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True))  # type: ignore[arg-type]
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True))
     return open(file, "rb")
 
 

@@ -1,0 +1,56 @@
+"""What is measured and decided before training."""
+
+import torch
+from conftest import VOCAB_SIZE
+
+from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
+from hf_cram.hardware import (
+    bf16_is_faster,
+    can_compile,
+    compile_pays_off,
+    largest_linear_shape,
+    measure_matmul_flops,
+    training_flops,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_flops_of_a_row_are_those_of_its_matrix_products(tiny_config):
+    model = CrammedBertForMaskedLM(tiny_config)
+    input_ids = torch.full((2, 16), 9)
+    positions = torch.tensor([[1, 2, 3, 4]] * 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    counted = training_flops(model, {"input_ids": input_ids, "labels": input_ids, "masked_positions": positions})
+    H, I, L = 32, 64, 2  # noqa: E741
+    tokens, masked = 32, 8
+    weights = L * (3 * H * H + H * H + H * I + I // 2 * H)
+    attention = L * 2 * 16 * H  # scores and sums over 16 positions
+    # forward once, backward twice; two operations a product
+    assert counted == 6 * (tokens * (weights + attention) + masked * H * VOCAB_SIZE)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_peak_and_precision_are_measured():
+    assert measure_matmul_flops(CPU, torch.float32, (64, 64), seconds=0.05) > 1e8
+    assert bf16_is_faster(CPU, (64, 64), seconds=0.05) in (True, False)
+
+
+def test_largest_linear_layer(tiny_config):
+    assert largest_linear_shape(CrammedBertForMaskedLM(tiny_config)) == (VOCAB_SIZE, 32)
+    assert largest_linear_shape(torch.nn.Conv1d(1, 1, 1)) == (1024, 1024)
+
+
+def test_compiling_is_for_budgets_that_repay_it(tiny_config, monkeypatch):
+    model = CrammedBertForMaskedLM(tiny_config)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not can_compile(CPU)
+    assert not compile_pays_off(model, CPU, 86400.0)
+    monkeypatch.setattr("hf_cram.hardware.can_compile", lambda device: True)
+    assert compile_pays_off(model, CPU, 86400.0)
+    assert not compile_pays_off(model, CPU, 30.0)
+    assert not compile_pays_off(model, CPU, None)
+    with torch.device("meta"):
+        deep = CrammedBertForMaskedLM(CrammedBertConfig(num_hidden_layers=48))
+    assert not compile_pays_off(deep, CPU, 600.0)
