@@ -1,27 +1,33 @@
 """Documents to rows: tokenize, split off the held-out documents, pack into rows of equal length on disk."""
 
 import hashlib
-import itertools
+import json
 import logging
+import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from .sources import DataError, SkipReport
+from .tokenization import NON_ASCII
 
 logger = logging.getLogger(__name__)
 
 BATCH_CHARACTERS = 2_000_000
-PIECE_CHARACTERS = 20_000
+CACHED_WORDS = 500_000
+CACHED_CHARACTERS = 20_000_000
 COPY_TOKENS = 4_000_000
 # At most this share of the tokens is held out, however small the corpus.
 MAX_EVAL_FRACTION = 0.05
+CHARACTERWISE_NORMALIZERS = {"BertNormalizer", "Lowercase", "NFD", "StripAccents"}
+WORDS_AND_SIGNS = re.compile(r"[!-/:-@\[-`{-~]|[^!-/:-@\[-`{-~]+")
+ASCII_ONLY = {"type": "Replace", "pattern": {"Regex": NON_ASCII}, "content": ""}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -66,26 +72,11 @@ class PackedRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
+        return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         keys = np.asarray(indices, dtype=np.uint64) + (np.uint64(self.epoch) << np.uint64(40))
         return [{"input_ids": row, "mask_key": key} for row, key in zip(self.rows[list(indices)], keys, strict=True)]
-
-
-def _pieces(document: str, splits_at_spaces: bool) -> list[str]:
-    """
-    Cut a long document at spaces, so that the threads share it. Exact where words never reach over a space.
-    """
-    if not splits_at_spaces or len(document) <= PIECE_CHARACTERS:
-        return [document]
-    pieces, start = [], 0
-    while start < len(document):
-        end = document.find(" ", start + PIECE_CHARACTERS)
-        end = len(document) if end == -1 else end
-        pieces.append(document[start:end])
-        start = end
-    return pieces
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -101,8 +92,49 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _to_array(encodings: Sequence[Encoding], dtype: np.dtype) -> np.ndarray:
-    return np.fromiter(itertools.chain.from_iterable(encoding.ids for encoding in encodings), dtype=dtype)
+def has_independent_words(tokenizer: Tokenizer) -> bool:
+    """
+    Whether text cut at spaces and line feeds gives the tokens of the whole: so it is where normalization works
+    character by character and BERT's pre-tokenizer cuts words at white space, and no added token has a say.
+    """
+    description = json.loads(tokenizer.to_str())
+    normalizer = description["normalizer"] or {"type": "Sequence", "normalizers": []}
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    return (
+        all(step["type"] in CHARACTERWISE_NORMALIZERS or step == ASCII_ONLY for step in steps)
+        and (description["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer"
+        and all(token["special"] for token in description["added_tokens"])
+    )
+
+
+class _WordEncoder:
+    """Encodes each different word once: a language has few, and a dictionary is faster than any tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype):
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.tokens_of_words: dict[str, bytes] = {}
+        self.num_characters = 0
+
+    def __call__(self, batch: list[str]) -> list[bytes]:
+        """The tokens of each document as bytes of `dtype`."""
+        if len(self.tokens_of_words) > CACHED_WORDS or self.num_characters > CACHED_CHARACTERS:
+            self.tokens_of_words.clear()
+            self.num_characters = 0
+        documents = [document.replace("\n", " ").split(" ") for document in batch]
+        known = self.tokens_of_words
+        # Sorted, so that nothing depends on the order of a set.
+        new_words = sorted(set().union(*documents).difference(known))
+        # Signs are words of their own to BERT, and most new words are old ones with a sign.
+        parts_of_words = [WORDS_AND_SIGNS.findall(word) for word in new_words]
+        new_parts = sorted(set().union(*parts_of_words).difference(known))
+        encodings = self.tokenizer.encode_batch_fast(new_parts, add_special_tokens=False)
+        for part, encoding in zip(new_parts, encodings, strict=True):
+            known[part] = np.array(encoding.ids, dtype=self.dtype).tobytes()
+        for word, parts in zip(new_words, parts_of_words, strict=True):
+            known[word] = b"".join(map(known.__getitem__, parts))
+            self.num_characters += len(word)
+        return [b"".join(map(known.__getitem__, words)) for words in documents]
 
 
 def tokenize_documents(
@@ -111,30 +143,46 @@ def tokenize_documents(
     """
     Batches of (documents, tokens of all of them with a separator after each, lengths with the separator).
 
-    One thread prepares the next batch while the tokenizer's own threads encode this one.
+    The tokenizer must encode text as text, see [`plain_text_tokenizer`].
     """
-    # BERT's pre-tokenizer cuts words at white space; others may not.
-    splits_at_spaces = isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
+    separator = np.array([separator_id], dtype=dtype).tobytes()
 
-    def encode(batch: list[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        pieces = [_pieces(document, splits_at_spaces) for document in batch]
-        encodings = tokenizer.encode_batch_fast(list(itertools.chain.from_iterable(pieces)), add_special_tokens=False)
-        counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
-        tokens = _to_array(encodings, dtype)
-        piece_ends = np.cumsum([len(parts) for parts in pieces])
-        ends = np.cumsum(counts)[piece_ends - 1]
-        tokens = np.insert(tokens, ends, separator_id)
-        return batch, tokens, np.diff(ends, prepend=0) + 1
+    def encode_whole(batch: list[str]) -> list[bytes]:
+        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=dtype).tobytes() for encoding in encodings]
 
+    def finish(batch: list[str], encoded: list[bytes]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        tokens = np.frombuffer(separator.join([*encoded, b""]), dtype=dtype)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // dtype.itemsize + 1
+        return batch, tokens, lengths
+
+    if has_independent_words(tokenizer):
+        encode_words = _WordEncoder(tokenizer, dtype)
+        for batch in _batches(documents):
+            yield finish(batch, encode_words(batch))
+        return
     # Two batches in flight: while the ids of one are turned into an array, the other is encoded.
     with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as pool:
-        pending: list[Future] = []
+        pending: deque[tuple[list[str], Future]] = deque()
         for batch in _batches(documents):
-            pending.append(pool.submit(encode, batch))
+            pending.append((batch, pool.submit(encode_whole, batch)))
             if len(pending) > 2:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+                batch, future = pending.popleft()
+                yield finish(batch, future.result())
+        for batch, future in pending:
+            yield finish(batch, future.result())
+
+
+def plain_text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """
+    A copy that encodes whole documents as text: no truncation or padding, which a saved tokenizer may have switched
+    on, and `[MASK]` written in a document is no mask.
+    """
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
 
 
 def content_key(document: str) -> int:
@@ -162,6 +210,7 @@ def write_rows(
     Returns counts of documents, characters, tokens and rows. Raises [`DataError`] for a text too short for a training
     and a held-out row.
     """
+    tokenizer = plain_text_tokenizer(tokenizer)
     dtype = token_dtype(tokenizer.get_vocab_size())
     all_tokens = folder / "tokens.tmp"
     lengths: list[np.ndarray] = []
@@ -185,8 +234,9 @@ def write_rows(
     document_lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
     num_tokens = int(document_lengths.sum())
     if num_tokens < 2 * max_seq_length:
+        left_out = f" ({report.describe()} left out)" if report.counts else ""
         raise DataError(
-            f"the text has {num_tokens} tokens, fewer than one training row and one held-out row of {max_seq_length}: "
+            f"the text has {num_tokens} tokens{left_out}, fewer than one training row and one held-out row of {max_seq_length}: "
             "add text or lower max_seq_length"
         )
     is_eval, eval_order = choose_eval_documents(document_lengths, np.array(keys, np.uint64), max_seq_length, eval_rows)

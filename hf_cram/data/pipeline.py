@@ -8,14 +8,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import zstandard
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ from .sources import (
     read_files,
     read_hub_dataset,
 )
-from .tokenization import load_tokenizer, train_tokenizer
+from .tokenization import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,8 @@ class DataArguments:
                 raise DataError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_seq_length < 8:
             raise DataError(f"max_seq_length must be at least 8, got {self.max_seq_length}")
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise DataError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {self.vocab_size}")
         if self.max_documents is not None and self.max_documents < 1:
             raise DataError(f"max_documents must be at least 1, got {self.max_documents}")
 
@@ -212,7 +214,7 @@ def prepare_corpus(arguments: DataArguments) -> PreparedCorpus:
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder / "tokenizer")
 
-    key = _hash(text_key, tokenizer_key, arguments.max_seq_length, arguments.eval_rows)
+    key = _hash(text_key, tokenizer_key, tokenizers.__version__, arguments.max_seq_length, arguments.eval_rows)
     directory, from_cache = cached_entry(cache / "corpora" / key, write, arguments.overwrite_cache)
     dtype = token_dtype(len(tokenizer))
     return PreparedCorpus(
@@ -285,8 +287,7 @@ def cached_entry(entry: Path, write: Callable[[Path], None], overwrite: bool) ->
         with FileLock(f"{entry}.lock"):
             if not overwrite and is_complete(entry):
                 return entry, True
-            for leftover in entry.parent.glob(f".{entry.name}.*"):  # of a killed process: the lock is ours
-                shutil.rmtree(leftover)
+            remove_leftovers(entry)
             staged = entry.parent / f".{entry.name}.{os.getpid()}"
             staged.mkdir()
             try:
@@ -304,6 +305,18 @@ def cached_entry(entry: Path, write: Callable[[Path], None], overwrite: bool) ->
             f"the cache {entry.parent} cannot be written ({error.strerror or error}): set cache_dir"
         ) from error
     return entry, False
+
+
+def remove_leftovers(entry: Path) -> None:
+    """Delete what killed processes left beside `entry`, whose lock is held: what no living process has locked."""
+    for leftover in entry.parent.glob(".*.*"):
+        name = leftover.name[1:].rpartition(".")[0]
+        lock = nullcontext() if name == entry.name else FileLock(entry.parent / f"{name}.lock", timeout=0)
+        try:
+            with lock:
+                shutil.rmtree(leftover)
+        except Timeout:
+            continue  # another process is at work on it
 
 
 def is_complete(entry: Path) -> bool:

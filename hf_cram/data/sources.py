@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 PARQUET_BATCH_ROWS = 64
+CSV_FIELD_CHARACTERS = 100_000_000  # beyond it quoting is broken, and the rest of the file can't be told apart
 UTF8_BYTES_PER_CHARACTER = 4
+JSON_BYTES_PER_CHARACTER = 12  # an escaped surrogate pair
+TOO_LONG = "longer than the limit (max_document_characters)"
 
 
 class DataError(ValueError):
@@ -40,6 +43,11 @@ class SkipReport:
     def add(self, reason: str, place: str) -> None:
         self.counts[reason] += 1
         self.first_places.setdefault(reason, place)
+
+    def describe(self, before: Counter[str] | None = None) -> str:
+        """The reasons in one line; those added since `before` only, where it is given."""
+        new = self.counts - (before or Counter())
+        return ", ".join(f"{reason} ({count})" for reason, count in sorted(new.items()))
 
     def warn(self) -> None:
         """Log one line for each reason."""
@@ -75,6 +83,7 @@ def expand_files(patterns: Iterable[str]) -> list[Path]:
             if not found:
                 raise DataError(f"{pattern}: no such file or folder, and no file matches it")
         files.extend(found)
+    files = list({file.resolve(): file for file in files}.values())  # each once, where it is named first
     for file in files:
         if format_suffix(file) not in TEXT_SUFFIXES:
             raise DataError(f"{file}: unknown format, name one of {', '.join(TEXT_SUFFIXES)} (also .gz, .zst)")
@@ -109,7 +118,8 @@ def read_files(
     """
     for file in files:
         good = False
-        skipped_before = report.counts.total()
+        skipped_before_counts = report.counts.copy()
+        skipped_before = skipped_before_counts.total()
         try:
             for document in _read_file(file, report, text_column, text_file_documents, max_document_characters):
                 good = True
@@ -120,7 +130,7 @@ def read_files(
         if not good:
             skipped = report.counts.total() - skipped_before
             why = f"none of its {skipped} documents can be used" if skipped else "it is empty"
-            reasons = ", ".join(sorted(report.counts)) if skipped else "add text or leave it out"
+            reasons = report.describe(skipped_before_counts) if skipped else "add text or leave it out"
             raise DataError(f"{file}: {why} ({reasons})")
 
 
@@ -135,10 +145,11 @@ def _read_file(
             if suffix == ".csv":
                 yield from _checked(_read_csv(file, stream, text_column, max_characters), file, report, max_characters)
                 return
-            lines = _bounded_lines(stream, max_characters * UTF8_BYTES_PER_CHARACTER)
             if suffix == ".txt":
+                lines = _bounded_lines(stream, max_characters * UTF8_BYTES_PER_CHARACTER)
                 documents = _text_documents(lines, text_file_documents, max_characters)
             else:
+                lines = _bounded_lines(stream, max_characters * JSON_BYTES_PER_CHARACTER)
                 documents = _json_documents(file, lines, text_column)
             yield from _checked(documents, file, report, max_characters)
             return
@@ -150,8 +161,43 @@ def _open_binary(file: Path) -> IO[bytes]:
     if suffix == ".gz":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True))
+        return io.BufferedReader(_ZstdFile(file))
     return open(file, "rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of all frames of a file. The library's own reader takes a file cut short for a whole one."""
+
+    def __init__(self, file: Path):
+        self._stream = open(file, "rb")  # noqa: SIM115 (closed by close)
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame_has_begun = False
+        self._input = b""
+        self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._stream.read(1 << 16)
+            if not self._input:
+                if self._frame_has_begun:
+                    raise EOFError("the compressed file ends early")
+                return 0
+            self._output = self._frame.decompress(self._input)
+            self._input, self._frame_has_begun = b"", True
+            if self._frame.eof:
+                self._input = self._frame.unused_data
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame_has_begun = False
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _checked(
@@ -170,9 +216,20 @@ def _checked(
         elif not isinstance(text, str):
             report.add("no text", f"{file}:{place}")
         elif len(text) > max_characters:
-            report.add(f"longer than {max_characters:,} characters (max_document_characters)", f"{file}:{place}")
+            report.add(TOO_LONG, f"{file}:{place}")
+        elif not _is_encodable(text):
+            report.add("not valid UTF-8", f"{file}:{place}")
         elif text.strip():
             yield text
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether it holds no half of a surrogate pair, which JSON can escape and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bounded_lines(stream: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | DataError]]:
@@ -183,7 +240,7 @@ def _bounded_lines(stream: IO[bytes], max_bytes: int) -> Iterator[tuple[int, byt
         if len(line) > max_bytes and not line.endswith(b"\n"):
             while (rest := stream.readline(max_bytes)) and not rest.endswith(b"\n"):
                 pass
-            yield number, DataError("longer than the limit (max_document_characters)")
+            yield number, DataError(TOO_LONG)
         else:
             yield number, line
 
@@ -199,7 +256,7 @@ def _text_documents(
     size, start, too_long = 0, 1, None
     for number, line in lines:
         if isinstance(line, DataError) or size > max_characters * UTF8_BYTES_PER_CHARACTER:
-            too_long = DataError("longer than the limit (max_document_characters)")
+            too_long = DataError(TOO_LONG)
             block, size = [], 0
         if isinstance(line, bytes) and not line.strip():
             yield start, too_long or b"".join(block)
@@ -239,7 +296,7 @@ def _json_documents(
 
 
 def _read_csv(file: Path, stream: IO[bytes], text_column: str, max_characters: int) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(max_characters * UTF8_BYTES_PER_CHARACTER)
+    csv.field_size_limit(max(CSV_FIELD_CHARACTERS, max_characters))
     # Invalid bytes pass as lone surrogates and are found when the text is encoded again.
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text_stream:
         reader = csv.DictReader(text_stream)
@@ -252,7 +309,7 @@ def _read_csv(file: Path, stream: IO[bytes], text_column: str, max_characters: i
 
 def _read_parquet(file: Path, text_column: str) -> Iterator[tuple[int, Any]]:
     # Without read-ahead the reader holds one batch of the one column.
-    parquet = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
+    parquet = pq.ParquetFile(file, pre_buffer=False)
     schema = parquet.schema_arrow
     if text_column not in schema.names:
         raise missing_column(str(file), text_column, schema.names)
@@ -261,7 +318,8 @@ def _read_parquet(file: Path, text_column: str) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{file}: column {text_column!r} is {kind}, not text: name another with text_column")
     row = 0
     for batch in parquet.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_column]):
-        for text in batch.column(0).to_pylist():
+        # As bytes: the reader lets invalid UTF-8 pass, and one bad value must not end the file.
+        for text in batch.column(0).cast(pa.large_binary()).to_pylist():
             row += 1
             yield row, text
 
@@ -295,10 +353,10 @@ def fingerprint_hub_dataset(dataset: Any, name: str, revision: str | None) -> st
     """Identity of a loaded data set: its fingerprint, or where it streams the files' hash or the commit's."""
     from datasets import IterableDataset
 
+    if Path(name).is_dir():  # the library's own fingerprint follows the files' times
+        return fingerprint_files(sorted(p for p in Path(name).rglob("*") if p.is_file()))
     if not isinstance(dataset, IterableDataset):
         return dataset._fingerprint
-    if Path(name).is_dir():
-        return fingerprint_files(sorted(p for p in Path(name).rglob("*") if p.is_file()))
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -20,6 +20,7 @@ SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 CONTINUATION = "##"
+NON_ASCII = r"[^\x00-\x7f]"
 WORD_CHARACTERS = string.ascii_lowercase + string.digits
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(WORD_CHARACTERS) * 2 + len(string.punctuation)
 
@@ -34,7 +35,7 @@ def _untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
             normalizers.BertNormalizer(
                 clean_text=True, handle_chinese_chars=False, strip_accents=True, lowercase=True
             ),
-            normalizers.Replace(Regex(r"[^\x00-\x7f]"), ""),
+            normalizers.Replace(Regex(NON_ASCII), ""),
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -71,6 +71,7 @@ def test_documents_between_blank_lines(tmp_path):
         ("bad.parquet", b"no parquet at all", "bad.parquet: cannot be read"),
         ("picture.png", b"x", "picture.png: unknown format"),
     ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_a_bad_file_is_one_clear_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
