@@ -1,12 +1,15 @@
 """Documents to rows: tokenize, split off the held-out documents, pack into rows of equal length on disk."""
 
 import hashlib
+import itertools
 import json
 import logging
-import re
+import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,13 @@ from .tokenization import NON_ASCII
 logger = logging.getLogger(__name__)
 
 BATCH_CHARACTERS = 2_000_000
+BATCHES_IN_FLIGHT = 4
 CACHED_WORDS = 500_000
 CACHED_CHARACTERS = 20_000_000
 COPY_TOKENS = 4_000_000
 # At most this share of the tokens is held out, however small the corpus.
 MAX_EVAL_FRACTION = 0.05
 CHARACTERWISE_NORMALIZERS = {"BertNormalizer", "Lowercase", "NFD", "StripAccents"}
-WORDS_AND_SIGNS = re.compile(r"[!-/:-@\[-`{-~]|[^!-/:-@\[-`{-~]+")
 ASCII_ONLY = {"type": "Replace", "pattern": {"Regex": NON_ASCII}, "content": ""}
 
 
@@ -110,14 +113,15 @@ def has_independent_words(tokenizer: Tokenizer) -> bool:
 class _WordEncoder:
     """Encodes each different word once: a language has few, and a dictionary is faster than any tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype):
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, separator_id: int):
         self.tokenizer = tokenizer
         self.dtype = dtype
+        self.separator = np.array([separator_id], dtype=dtype).tobytes()
         self.tokens_of_words: dict[str, bytes] = {}
         self.num_characters = 0
 
-    def __call__(self, batch: list[str]) -> list[bytes]:
-        """The tokens of each document as bytes of `dtype`."""
+    def __call__(self, batch: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the documents with a separator after each, and their lengths with the separator."""
         if len(self.tokens_of_words) > CACHED_WORDS or self.num_characters > CACHED_CHARACTERS:
             self.tokens_of_words.clear()
             self.num_characters = 0
@@ -125,16 +129,52 @@ class _WordEncoder:
         known = self.tokens_of_words
         # Sorted, so that nothing depends on the order of a set.
         new_words = sorted(set().union(*documents).difference(known))
-        # Signs are words of their own to BERT, and most new words are old ones with a sign.
-        parts_of_words = [WORDS_AND_SIGNS.findall(word) for word in new_words]
-        new_parts = sorted(set().union(*parts_of_words).difference(known))
-        encodings = self.tokenizer.encode_batch_fast(new_parts, add_special_tokens=False)
-        for part, encoding in zip(new_parts, encodings, strict=True):
-            known[part] = np.array(encoding.ids, dtype=self.dtype).tobytes()
-        for word, parts in zip(new_words, parts_of_words, strict=True):
-            known[word] = b"".join(map(known.__getitem__, parts))
+        encodings = self.tokenizer.encode_batch_fast(new_words, add_special_tokens=False)
+        for word, encoding in zip(new_words, encodings, strict=True):
+            known[word] = np.array(encoding.ids, dtype=self.dtype).tobytes()
             self.num_characters += len(word)
-        return [b"".join(map(known.__getitem__, words)) for words in documents]
+        encoded = [b"".join(map(known.__getitem__, words)) for words in documents]
+        return _join(encoded, self.separator, self.dtype)
+
+
+def _join(encoded: Sequence[bytes], separator: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.frombuffer(separator.join([*encoded, b""]), dtype=dtype)
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // dtype.itemsize + 1
+    return tokens, lengths
+
+
+# Of a worker process: set when it starts.
+_encode_in_worker: _WordEncoder | None = None
+
+
+def _start_worker(description: str, dtype: np.dtype, separator_id: int) -> None:
+    global _encode_in_worker
+    _encode_in_worker = _WordEncoder(Tokenizer.from_str(description), dtype, separator_id)
+
+
+def _encode_batch_in_worker(batch: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    assert _encode_in_worker is not None
+    return _encode_in_worker(batch)
+
+
+@contextmanager
+def _word_workers(tokenizer: Tokenizer, dtype: np.dtype, separator_id: int) -> Iterator[Executor]:
+    """A process a core, each with a dictionary of words. Forked: a fresh interpreter would take seconds to import."""
+    told = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the workers; said before the fork, it spares a warning
+    try:
+        with ProcessPoolExecutor(
+            os.cpu_count(),
+            mp_context=multiprocessing.get_context("fork"),
+            initializer=_start_worker,
+            initargs=(tokenizer.to_str(), dtype, separator_id),
+        ) as pool:
+            yield pool
+    finally:
+        if told is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = told
 
 
 def tokenize_documents(
@@ -145,32 +185,46 @@ def tokenize_documents(
 
     The tokenizer must encode text as text, see [`plain_text_tokenizer`].
     """
+    batches = _batches(documents)
+    if has_independent_words(tokenizer):
+        # A small text is done before the workers have started.
+        for batch in itertools.islice(batches, 1):
+            yield batch, *_WordEncoder(tokenizer, dtype, separator_id)(batch)
+        second = next(batches, None)
+        if second is None:
+            return
+        batches = itertools.chain([second], batches)
+        if "fork" in multiprocessing.get_all_start_methods():
+            with _word_workers(tokenizer, dtype, separator_id) as pool:
+                yield from _in_order(pool, _encode_batch_in_worker, batches)
+        else:
+            encoder = _WordEncoder(tokenizer, dtype, separator_id)
+            yield from ((batch, *encoder(batch)) for batch in batches)
+        return
+
     separator = np.array([separator_id], dtype=dtype).tobytes()
 
-    def encode_whole(batch: list[str]) -> list[bytes]:
+    def encode_whole(batch: list[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=dtype).tobytes() for encoding in encodings]
+        return _join([np.array(encoding.ids, dtype=dtype).tobytes() for encoding in encodings], separator, dtype)
 
-    def finish(batch: list[str], encoded: list[bytes]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        tokens = np.frombuffer(separator.join([*encoded, b""]), dtype=dtype)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // dtype.itemsize + 1
-        return batch, tokens, lengths
+    # While the ids of one batch are turned into an array, the tokenizer's threads encode another.
+    with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as threads:
+        yield from _in_order(threads, encode_whole, batches)
 
-    if has_independent_words(tokenizer):
-        encode_words = _WordEncoder(tokenizer, dtype)
-        for batch in _batches(documents):
-            yield finish(batch, encode_words(batch))
-        return
-    # Two batches in flight: while the ids of one are turned into an array, the other is encoded.
-    with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as pool:
-        pending: deque[tuple[list[str], Future]] = deque()
-        for batch in _batches(documents):
-            pending.append((batch, pool.submit(encode_whole, batch)))
-            if len(pending) > 2:
-                batch, future = pending.popleft()
-                yield finish(batch, future.result())
-        for batch, future in pending:
-            yield finish(batch, future.result())
+
+def _in_order(
+    pool: Executor, encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]], batches: Iterable[list[str]]
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+    """Results in the order of the batches, with a few in flight."""
+    pending: deque[tuple[list[str], Future]] = deque()
+    for batch in batches:
+        pending.append((batch, pool.submit(encode, batch)))
+        if len(pending) > BATCHES_IN_FLIGHT:
+            batch, future = pending.popleft()
+            yield batch, *future.result()
+    for batch, future in pending:
+        yield batch, *future.result()
 
 
 def plain_text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
