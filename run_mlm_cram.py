@@ -9,6 +9,7 @@ The recipe is a YAML file of the fields below; the command line overrides it.
 import inspect
 import logging
 import math
+import os
 import platform
 import sys
 import time
@@ -24,7 +25,7 @@ from hf_cram.checkpointing import CheckpointError
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 from hf_cram.data.sources import DataError
-from hf_cram.launching import start_missing_processes
+from hf_cram.launching import start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.trainer import CramTrainer, NonFiniteError
@@ -58,6 +59,8 @@ def main() -> int:
     if not is_main:
         transformers.utils.logging.disable_progress_bar()
     set_seed(training_args.seed)
+    if training_args.device.type == "cpu":
+        use_all_cores(os.environ)
 
     started = time.monotonic()
     with training_args.main_process_first(desc="preparing the text"):

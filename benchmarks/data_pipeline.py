@@ -5,20 +5,24 @@ Tokenizing and packing: hf_cram against the way of transformers' run_mlm.py and 
 
 Every measurement is a process of its own; the arms take turns; medians are compared. All arms use one tokenizer,
 trained on the text first. hf_cram's time includes reading the file; the other arms have the text loaded before their
-clock starts. Peak memory is that of the whole preparation, tokenizer training included, on the text once and twice.
+clock starts. Peak memory is that of the whole preparation with its worker processes, tokenizer training included, on
+the text once and twice.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_TEXT = REPOSITORY.parent / "shared" / "data" / "classic_books.parquet"
@@ -105,11 +109,36 @@ def measure_memory(text: Path, work: Path, copies: int) -> dict:
     files = [str(text)]
     for index in range(1, copies):
         files.append(str(shutil.copy(text, folder / f"copy{index}{text.suffix}")))
+    memory = PeakMemory()
     started = time.perf_counter()
     corpus = prepare_corpus(DataArguments(train_files=files, vocab_size=VOCAB_SIZE, cache_dir=str(folder / "cache")))
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = memory.stop() / 1e9
     return {"seconds": seconds, "tokens": corpus.statistics["tokens"], "peak_gb": peak}
+
+
+class PeakMemory:
+    """Bytes of this process and its children, shared pages counted once (PSS), sampled five times a second."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._stopped.wait(0.2):
+            total = 0
+            for member in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+                    total += member.memory_full_info().pss
+            self.peak = max(self.peak, total)
+
+    def stop(self) -> int:
+        self._stopped.set()
+        self._thread.join()
+        return self.peak
 
 
 def train_shared_tokenizer(text: Path, work: Path) -> dict:

@@ -1,10 +1,11 @@
-"""Makes `accelerate launch --cpu --num_processes N` start N processes."""
+"""What launchers leave to be done on a CPU: all the processes that were asked for, on all the cores."""
 
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
 import psutil
+import torch
 
 MPI_PREFIXES = ("OMPI_", "PMI_", "MPI_", "MV2_")
 
@@ -37,3 +38,16 @@ def start_missing_processes() -> None:
     if processes is not None and processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def use_all_cores(environment: Mapping[str, str]) -> None:
+    """
+    Share the cores between the processes of this machine where a launcher has set one thread for each.
+
+    `accelerate launch` and torchrun set `OMP_NUM_THREADS` to 1 unless it is set already, which on a CPU leaves all
+    but one core a process idle. Any other number is somebody's choice and stays.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment
+    if launched and environment.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1"))))

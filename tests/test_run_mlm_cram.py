@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from hf_cram.checkpointing import RunState, last_checkpoint
-from hf_cram.launching import missing_processes
+from hf_cram.launching import missing_processes, use_all_cores
 
 WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
 SMALL = [
@@ -152,6 +152,24 @@ def test_accelerate_on_a_cpu_is_held_to_the_number_asked_for():
     assert missing_processes({"ACCELERATE_USE_CPU": "True"}, command) is None
     with pytest.raises(ValueError, match="name --num_processes"):
         missing_processes(several, ["accelerate", "launch", "run.py"])
+
+
+def test_a_launchers_single_thread_becomes_all_cores():
+    threads = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0))
+    launched = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
+    try:
+        for environment, expected in (
+            ({"OMP_NUM_THREADS": "1"}, 7),  # the user's own choice
+            ({**launched, "OMP_NUM_THREADS": "3"}, 7),
+            (launched, cores),
+            ({**launched, "LOCAL_WORLD_SIZE": str(cores)}, 1),
+        ):
+            torch.set_num_threads(7)
+            use_all_cores(environment)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
