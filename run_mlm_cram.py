@@ -63,6 +63,8 @@ def main() -> int:
         use_all_cores(os.environ)
 
     started = time.monotonic()
+    if not is_main:
+        data_args.overwrite_cache = False  # rank 0 has done so when the others look
     with training_args.main_process_first(desc="preparing the text"):
         corpus = prepare_corpus(data_args)
     preprocessing_seconds = time.monotonic() - started

@@ -1,7 +1,7 @@
 """
 Training tokens/s of CramTrainer against transformers' own models in the plain Trainer, at equal shape.
 
-    python benchmarks/throughput.py [--shapes small,base] [--rounds 3] [--threads 2]
+    python benchmarks/throughput.py [--shapes small,base] [--rounds 3]
 
 Every measurement is a process of its own; the arms take turns; medians are compared. Each arm trains in bf16 and
 compiled, on the same rows of random tokens, with the same share of masked tokens. The crammed arm also times its bare
@@ -18,8 +18,8 @@ import time
 from dataclasses import dataclass
 
 SHAPES = {
-    "small": {"layers": 4, "hidden": 256, "heads": 4, "ffn": 1024, "micro_batch": 64, "steps": 40},
-    "base": {"layers": 12, "hidden": 768, "heads": 12, "ffn": 3072, "micro_batch": 16, "steps": 8},
+    "small": {"layers": 4, "hidden": 256, "heads": 4, "ffn": 1024, "micro_batch": 64, "steps": 20},
+    "base": {"layers": 12, "hidden": 768, "heads": 12, "ffn": 3072, "micro_batch": 16, "steps": 4},
 }
 ARMS = ("crammed", "bert", "modernbert")
 BARS = {"bert": 1.8, "modernbert": 1.25}
