@@ -8,7 +8,7 @@ PACKAGE = REPOSITORY / "hf_cram"
 # A module may import those of lower layers, and data modules each other.
 LAYERS = [
     {"version", "files", "configuration_crammed_bert"},
-    {"modeling_crammed_bert", "budget", "optimization", "hardware", "launching"},
+    {"modeling_crammed_bert", "budget", "optimization", "hardware", "launching", "row_stream"},
     {"checkpointing", "callbacks", "training_args"},
     {"trainer", "recipes"},
     {"model_card"},

@@ -179,8 +179,7 @@ def test_wrong_arguments_are_one_line(tmp_path):
             DataArguments(**values)
 
 
-def test_second_run_is_quick_enough_to_be_a_hit(tmp_path, text):
-    """A hit reads no text: the source may be gone from memory, and nothing is written."""
+def test_a_hit_writes_nothing(tmp_path, text):
     corpus = prepare_corpus(arguments(tmp_path, text))
     before = {path: path.stat().st_mtime_ns for path in corpus.directory.rglob("*")}
     time.sleep(0.01)
