@@ -69,6 +69,28 @@ def bf16_is_faster(device: torch.device, shape: tuple[int, int], seconds: float 
     return best[True] < best[False]
 
 
+def bf16_trains_faster(model: nn.Module, batch: Mapping[str, Any], rounds: int = 5) -> bool:
+    """
+    Whether bf16 autocast beats fp32 on forward and backward of `batch`, with labels: in turn, best of each.
+
+    For small models and short batches, whose time is not in the matrix products that [`bf16_is_faster`] measures.
+    """
+    probe = copy.deepcopy(model).train()
+    device = next(probe.parameters()).device
+    best = {True: float("inf"), False: float("inf")}
+    for number in range(rounds + 1):  # the first round warms up
+        for enabled in (False, True):
+            started = time.perf_counter()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+                loss = probe(**batch)[0]
+            loss.backward()
+            probe.zero_grad()
+            _synchronize(device)
+            if number:
+                best[enabled] = min(best[enabled], time.perf_counter() - started)
+    return best[True] < best[False]
+
+
 def can_compile(device: torch.device) -> bool:
     """
     Whether torch.compile's default backend has what it needs: on a CPU a C++ compiler and Python's headers, on a GPU

@@ -70,6 +70,12 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return (states * cos + turned * sin).to(states.dtype)
 
 
+def take_positions(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The tokens at `positions` (B, K) of each row: (B, L, H) -> (B, K, H)."""
+    rows = torch.arange(hidden_states.shape[0], device=hidden_states.device).unsqueeze(1)  # (B, 1)
+    return hidden_states[rows, positions]
+
+
 def build_norm(config: CrammedBertConfig) -> nn.Module:
     """LayerNorm or RMSNorm over the hidden size, as configured."""
     norm_class = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
@@ -180,6 +186,7 @@ class CrammedBertAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary_positions: tuple[torch.Tensor, torch.Tensor] | None = None,
+        output_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, length, _ = hidden_states.shape
@@ -187,6 +194,9 @@ class CrammedBertAttention(nn.Module):
         query, key, value = query_key_value.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, L, D)
         if rotary_positions is not None:
             query, key = rotate(query, *rotary_positions), rotate(key, *rotary_positions)
+        if output_positions is not None:
+            index = output_positions[:, None, :, None].expand(-1, query.shape[1], -1, self.head_size)
+            query = query.gather(2, index)  # (B, N, K, D)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -201,7 +211,7 @@ class CrammedBertAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.dense(context.reshape(batch_size, length, -1)), weights  # (B, L, H)
+        return self.dense(context.flatten(2)), weights  # (B, L or K, H)
 
 
 class CrammedBertMLP(nn.Module):
@@ -224,7 +234,11 @@ class CrammedBertMLP(nn.Module):
 
 
 class CrammedBertLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward block, each with a residual and a norm before (paper) or after (BERT) it."""
+    """
+    Attention and feed-forward block, each with a residual and a norm before (paper) or after (BERT) it.
+
+    With `output_positions` (B, K) only those tokens are computed, from the keys and values of all: (B, K, H).
+    """
 
     def __init__(self, config: CrammedBertConfig, layer_idx: int):
         super().__init__()
@@ -240,10 +254,15 @@ class CrammedBertLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary_positions: tuple[torch.Tensor, torch.Tensor] | None = None,
+        output_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attention_input = self.attention_norm(hidden_states) if self.pre_norm else hidden_states
-        attention_output, _ = self.attention(attention_input, attention_mask, rotary_positions, **kwargs)
+        attention_output, _ = self.attention(
+            attention_input, attention_mask, rotary_positions, output_positions, **kwargs
+        )
+        if output_positions is not None:
+            hidden_states = take_positions(hidden_states, output_positions)
         hidden_states = hidden_states + self.dropout(attention_output)
         if self.pre_norm:
             return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
@@ -303,8 +322,14 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        output_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
+        r"""
+        output_positions (`torch.LongTensor` of shape `(batch_size, num_positions)`, *optional*):
+            Return these tokens of each row only. Where no attention mask stands in the way, the last layer computes
+            no others.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -322,8 +347,14 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         rotary_positions = None if self.rotary_table is None else self.rotary_table(position_ids)
-        for layer in self.layers:
+        # A mask would have to be cut to the positions, in each attention implementation's own form.
+        narrows_last_layer = output_positions is not None and attention_mask is None
+        for layer in self.layers[:-1] if narrows_last_layer else self.layers:
             hidden_states = layer(hidden_states, attention_mask, rotary_positions, **kwargs)
+        if narrows_last_layer:
+            hidden_states = self.layers[-1](hidden_states, None, rotary_positions, output_positions, **kwargs)
+        elif output_positions is not None:
+            hidden_states = take_positions(hidden_states, output_positions)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
 
@@ -396,21 +427,19 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         masked_positions (`torch.LongTensor` of shape `(batch_size, masked_tokens)`, *optional*):
             Where in each row a label stands. Read while training only; the output then holds the loss and no logits.
         """
+        sparse = self.training and labels is not None and masked_positions is not None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            output_positions=masked_positions if sparse else None,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        sparse = self.training and labels is not None and masked_positions is not None
         if sparse:
-            rows = torch.arange(hidden_states.shape[0], device=hidden_states.device).unsqueeze(1)
-            hidden_states = hidden_states[rows, masked_positions]  # (B, K, H)
-            labels = labels[rows, masked_positions]  # (B, K)
-        logits = self.decoder(self.head(hidden_states))  # (B, K, V) or (B, L, V)
+            labels = labels.gather(1, masked_positions)  # (B, K)
+        logits = self.decoder(self.head(outputs.last_hidden_state))  # (B, K, V) or (B, L, V)
         loss = None
         if labels is not None:
             loss = masked_lm_loss(logits, labels, kwargs.get("num_items_in_batch"))
