@@ -21,6 +21,8 @@ from hf_cram import (
     CrammedBertForTokenClassification,
     CrammedBertModel,
 )
+from hf_cram.convert_cramming_checkpoint import convert
+from hf_cram.hardware import training_flops
 
 HEADS = (
     CrammedBertModel,
@@ -320,6 +322,46 @@ def test_training_with_positions_returns_the_loss_alone(tiny_config):
     assert model(input_ids=input_ids, labels=labels, masked_positions=positions).logits.shape == (3, 16, VOCAB_SIZE)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"position_embedding_type": "rotary"}, {"norm_scheme": "post", "final_norm": False}],
+    ids=["default", "rotary", "post_norm"],
+)
+def test_the_last_layer_at_masked_positions_only_is_exact(tiny_config, switches, padded, implementation):
+    torch.manual_seed(0)
+    config = changed(tiny_config, **switches)
+    config._attn_implementation = implementation
+    model = CrammedBertForMaskedLM(config).double().train()
+    input_ids, labels, positions = masked_batch()
+    attention_mask = torch.ones_like(input_ids) if padded else None
+    if attention_mask is not None:
+        attention_mask[1, 10:] = 0
+
+    def loss_and_gradients(masked_positions):
+        model.zero_grad()
+        loss = model(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, masked_positions=masked_positions
+        ).loss
+        loss.backward()
+        return [loss, *(parameter.grad.clone() for parameter in model.parameters())]
+
+    for expected, actual in zip(loss_and_gradients(None), loss_and_gradients(positions), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_training_costs_less_with_positions(tiny_config):
+    model = CrammedBertForMaskedLM(tiny_config)
+    input_ids, labels, positions = masked_batch()
+    batch = {"input_ids": input_ids, "labels": labels}
+    saved = training_flops(model, batch) - training_flops(model, {**batch, "masked_positions": positions})
+    hidden_size, inner_size = tiny_config.hidden_size, tiny_config.intermediate_size
+    # The decoder, and of the last layer all but queries, keys and values: 6 FLOPs a weight and token.
+    weights = hidden_size * (VOCAB_SIZE + hidden_size + inner_size + inner_size // 2)
+    assert saved >= 6 * weights * (input_ids.numel() - positions.numel())
+
+
 def test_activation_checkpointing_gives_the_same_gradients(tiny_config):
     torch.manual_seed(0)
     model = CrammedBertForMaskedLM(tiny_config).train()
@@ -480,39 +522,13 @@ def test_impossible_configurations_are_refused(tiny_config, fields, message):
         changed(tiny_config, **fields)
 
 
-def test_original_checkpoint_of_the_papers_code_gives_its_logits():
-    """Weights of the original code, its fused query-key-value unwoven, give the hidden states it computed."""
+def test_original_checkpoint_of_the_papers_code_gives_its_hidden_states_and_logits(tmp_path):
     folder = SHARED / "data" / "cramming_checkpoint"
     if not folder.is_dir():
         pytest.skip("the checkpoint written by the paper's code is not beside this project")
-    weights, recorded = load_file(folder / "model.safetensors"), load_file(folder / "inputs_and_outputs.safetensors")
-    heads, hidden = 4, 64
-    config = CrammedBertConfig(
-        vocab_size=211, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=256
-    )
-    renamed = {}
-    for name, tensor in weights.items():
-        if name.endswith("norm_factor"):
-            continue
-        if name.endswith("query_key_value.weight"):
-            tensor = tensor.view(heads, 3, hidden // heads, hidden).transpose(0, 1).reshape(3 * hidden, hidden)
-        for old, new in {
-            "encoder.embedding.word_embedding": "model.embeddings.word_embeddings",
-            "encoder.embedding.pos_embedding": "model.embeddings.position_embeddings",
-            "encoder.embedding.norm": "model.embeddings.norm",
-            "encoder.": "model.",
-            "norm1": "attention_norm",
-            "norm2": "mlp_norm",
-            "attn.self_attention": "attention",
-            "attn.dense": "attention.dense",
-            "ffn.": "mlp.",
-        }.items():
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    model = CrammedBertForMaskedLM(config).eval()
-    incompatible = model.load_state_dict(renamed, strict=False)
-    assert incompatible.unexpected_keys == []
-    assert incompatible.missing_keys in ([], ["decoder.weight"])
+    recorded = load_file(folder / "inputs_and_outputs.safetensors")
+    convert(folder, tmp_path / "ours")
+    model = CrammedBertForMaskedLM.from_pretrained(tmp_path / "ours").eval()
     plain = model(input_ids=recorded["input_ids"], labels=recorded["labels"], output_hidden_states=True)
     torch.testing.assert_close(plain.logits, recorded["logits"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain.hidden_states[-1], recorded["hidden_states"], rtol=1e-4, atol=1e-5)
