@@ -14,10 +14,13 @@ import platform
 import sys
 import time
 from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
@@ -26,7 +29,7 @@ from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 from hf_cram.data.sources import DataError
 from hf_cram.launching import start_missing_processes, use_all_cores
-from hf_cram.model_card import build_model_card
+from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.trainer import CramTrainer, NonFiniteError
 from hf_cram.training_args import CramTrainingArguments
@@ -123,16 +126,47 @@ def main() -> int:
     }
     results["eval_perplexity"] = math.exp(min(results["eval_loss"], 100.0))
     trainer.log_metrics("all", results)
+    results.update(
+        hardware=describe_hardware(training_args),
+        num_parameters=model.num_parameters(),
+        text_name=hub_dataset(data_args) or Path(data_args.source_name).name,
+    )
     trainer.save_metrics("all", results, combined=False)
     if is_main:
-        write_card(trainer, corpus.tokenizer, results, data_args, shareable(parser.given))
+        recipe = shareable(parser.given)
+        temporary = trainer.output_dir / ".recipe.yaml"
+        temporary.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        os.replace(temporary, trainer.output_dir / "recipe.yaml")
+        write_card(trainer, corpus.tokenizer, results, data_args, recipe)
+        if training_args.push_to_hub:
+            trainer.push_to_hub()
     return 0
 
 
 def shareable(given: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without what belongs to one machine."""
-    local = ("train_files", "tokenizer_name", "resume_from_checkpoint", "run_name")
-    return {name: value for name, value in given.items() if not name.endswith("_dir") and name not in local}
+    """The recipe in plain values, without what belongs to one machine or account."""
+    local = ("train_files", "tokenizer_name", "resume_from_checkpoint", "run_name", "push_to_hub")
+    return {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in given.items()
+        if name not in local
+        and not name.endswith("_dir")
+        and not name.startswith("hub_")
+        and not (name == "dataset_name" and Path(str(value)).exists())
+    }
+
+
+def hub_dataset(data_args: DataArguments) -> str | None:
+    """The text's data set on the Hub, `None` for text of this machine."""
+    name = data_args.dataset_name
+    return None if name is None or Path(name).exists() else name
+
+
+def describe_hardware(args: CramTrainingArguments) -> str:
+    """The machine in one line: `2 x NVIDIA H100`, `1 x 8 CPU threads (x86_64)`."""
+    if args.device.type == "cuda":
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    return f"{args.world_size} x {torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
 def write_card(
@@ -142,23 +176,18 @@ def write_card(
     fills = fill_sentences(trainer.model, tokenizer)
     for fill in fills:
         print(f"{fill['sentence']}  {', '.join(fill['fills'])}")
-    device = trainer.args.device
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    )
     card = build_model_card(
         model_name=trainer.output_dir.resolve().name,
         results=results,
         recipe=recipe,
-        hardware=f"{trainer.args.world_size} x {hardware}",
-        text_name=data_args.source_name,
+        hardware=results["hardware"],
+        text_name=results["text_name"],
         fills=fills,
-        num_parameters=trainer.model.num_parameters(),
+        num_parameters=results["num_parameters"],
         sequence_length=data_args.max_seq_length,
+        dataset_name=hub_dataset(data_args),
     )
-    card.save(trainer.output_dir / "README.md")
+    save_model_card(card, trainer.output_dir)
 
 
 if __name__ == "__main__":

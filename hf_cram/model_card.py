@@ -1,27 +1,64 @@
 """The model card of a run, from plain values."""
 
+import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import (
+    CardData,
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+
+from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+CARD_NAME = "README.md"
+EVAL_FOLDER = ".eval_results"
+GLUE_DATASET = "nyu-mll/glue"
+MINIMAL_PAIRS_DATASET = "minimal-pairs"
+MLM_METRIC = "MLM loss at 15 % fixed masks (nats)"
+TITLES = {**GLUE_COLUMNS, "wnli": "WNLI"}
+# Data set configuration and split of the columns that are not a configuration's only validation split.
+MNLI_SPLITS = {"mnli": ("mnli", "validation_matched"), "mnli_mismatched": ("mnli", "validation_mismatched")}
+# The paper's rows that bound what pretraining can bring, and its two versions at a day on one GPU.
+COMPARED_ROWS = (
+    "BERT-base, fully trained",
+    "BERT-base, no pretraining",
+    "crammed v1, RTX A6000",
+    "crammed v2, RTX A6000, best checkpoint",
+)
+# Sections stand between marks, so that a later evaluation replaces its own and leaves what a person has written.
+GLUE_SECTION = "glue"
+OWN_DATA_SECTION = "own-data"
+MINIMAL_PAIRS_SECTION = "minimal-pairs"
+
+
+class ModelCardError(ValueError):
+    """A card that cannot be updated, in one line that names it and the way out."""
 
 
 def build_model_card(
     model_name: str,
-    results: Mapping[str, float],
+    results: Mapping[str, Any],
     recipe: Mapping[str, Any],
     hardware: str,
     text_name: str,
     fills: Sequence[Mapping[str, Any]],
     num_parameters: int,
     sequence_length: int,
+    dataset_name: str | None = None,
+    glue_results: Mapping[str, Any] | None = None,
+    minimal_pairs: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """
-    A card with budget, hardware, result, recipe and how to load.
+    A card with budget, hardware, results, recipe and how to load.
 
     Args:
         model_name: title of the card.
@@ -32,6 +69,9 @@ def build_model_card(
         fills: `{"sentence": str, "fills": [str, ...]}` each.
         num_parameters: parameters of the model.
         sequence_length: tokens of a training row.
+        dataset_name: the text's data set on the Hub, if it is one.
+        glue_results: the content of `glue_results.json`, of GLUE or of own data.
+        minimal_pairs: the content of `minimal_pairs_results.json`, in per cent.
     """
     budget = results.get("time_budget_seconds")
     eval_loss = results.get("eval_loss")
@@ -40,31 +80,20 @@ def build_model_card(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="fill-mask",
+        datasets=[dataset_name] if dataset_name else None,
         tags=["hf_cram", "crammed-bert", "masked-lm"],
         model_name=model_name,
-        eval_results=None
-        if eval_loss is None
-        else [
-            EvalResult(
-                task_type="fill-mask",
-                task_name="Masked language modeling",
-                dataset_type="held-out",
-                dataset_name=f"held-out part of {text_name}",
-                metric_type="loss",
-                metric_name="MLM loss at 15 % fixed masks (nats)",
-                metric_value=round(eval_loss, 4),
-            )
-        ],
+        eval_results=[] if eval_loss is None else [_mlm_result(eval_loss, text_name, dataset_name)],
     )
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=model_name,
         budget="no time budget (step limit)" if budget is None else f"{budget:,.0f} s",
         train_seconds=f"{results['train_seconds']:,.1f}",
         preprocessing_seconds=f"{results['preprocessing_seconds']:,.1f}",
-        hardware=hardware,
-        text_name=text_name,
+        hardware=_cell(hardware),
+        text_name=_cell(text_name),
         num_parameters=f"{num_parameters:,}",
         sequence_length=sequence_length,
         tokens_seen=f"{results['tokens_seen']:,}",
@@ -72,6 +101,227 @@ def build_model_card(
         eval_loss="not evaluated" if eval_loss is None else f"{eval_loss:.3f}",
         eval_perplexity="" if eval_loss is None else f"{results['eval_perplexity']:.1f}",
         skipped_steps=results["skipped_steps"],
-        fills=[{"sentence": fill["sentence"], "fills": ", ".join(fill["fills"])} for fill in fills],
+        fills=[{"sentence": fill["sentence"], "fills": _cell(", ".join(fill["fills"]))} for fill in fills],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=True).strip(),
+        empty_glue=_marked(GLUE_SECTION, ""),
+        empty_minimal_pairs=_marked(MINIMAL_PAIRS_SECTION, ""),
     )
+    return _with_evaluations(card, glue_results, minimal_pairs)
+
+
+def save_model_card(card: ModelCard, folder: Path) -> None:
+    """Write README.md and `.eval_results/*.yaml`, each in one step, into a model's folder."""
+    contents = {CARD_NAME: str(card)}
+    for name, entries in _eval_entries(card.data).items():
+        contents[f"{EVAL_FOLDER}/{name}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def update_model_card(
+    folder: str | Path,
+    glue_results: Mapping[str, Any] | None = None,
+    minimal_pairs: Mapping[str, Any] | None = None,
+) -> bool:
+    """
+    Put evaluations into the card of the model in `folder`, in the place of earlier ones of the same kind.
+
+    The rest of the text, and keys of the front matter that are not results of these evaluations, stay as they are.
+    Returns False where there is no card. Raises [`ModelCardError`] for a card whose front matter cannot be read.
+    """
+    path = Path(folder) / CARD_NAME
+    if not path.is_file():
+        return False
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise ModelCardError(f"the front matter of {path} cannot be read ({cause}): mend it, or delete it") from error
+    card.data["model_name"] = card.data.get("model_name", Path(folder).resolve().name)
+    save_model_card(_with_evaluations(card, glue_results, minimal_pairs), Path(folder))
+    return True
+
+
+def _with_evaluations(
+    card: ModelCard, glue_results: Mapping[str, Any] | None, minimal_pairs: Mapping[str, Any] | None
+) -> ModelCard:
+    results = list(card.data.get("eval_results", []))
+    if glue_results is not None:
+        new = _glue_eval_results(glue_results)
+        replaced = {result.dataset_type for result in new}
+        results = [result for result in results if result.dataset_type not in replaced] + new
+        section, text = (
+            (GLUE_SECTION, glue_section(glue_results))
+            if GLUE_DATASET in replaced
+            else (OWN_DATA_SECTION, own_data_section(glue_results))
+        )
+        card.text = _replace_section(card.text, section, text)
+    if minimal_pairs is not None:
+        results = [result for result in results if result.dataset_type != MINIMAL_PAIRS_DATASET]
+        results.append(_minimal_pairs_result(minimal_pairs))
+        card.text = _replace_section(card.text, MINIMAL_PAIRS_SECTION, minimal_pairs_section(minimal_pairs))
+    # In one order, whichever evaluation came last.
+    results.sort(key=lambda result: result.dataset_type == MINIMAL_PAIRS_DATASET)
+    card.data["eval_results"] = results or None
+    return card
+
+
+# ---- Sections ----
+
+
+def _cell(text: str) -> str:
+    """Text that stays in one cell of a markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _marked(name: str, text: str) -> str:
+    return f"<!-- hf_cram: {name} -->\n{text}<!-- hf_cram: end of {name} -->"
+
+
+def _replace_section(body: str, name: str, text: str) -> str:
+    """`body` with the section of that name replaced, or appended where its marks are not there."""
+    opening, closing = _marked(name, "").splitlines()
+    before, _, rest = body.partition(opening)
+    _, found, after = rest.partition(closing)
+    if not found:
+        return f"{body.rstrip()}\n\n{_marked(name, text)}\n"
+    return f"{before}{_marked(name, text)}{after}"
+
+
+def glue_section(results: Mapping[str, Any]) -> str:
+    """GLUE beside the paper's rows, and every metric with its seeds, as markdown."""
+    scores = _headline_scores(results)
+    rows = {"this model": scores, **{name: PAPER_GLUE_ROWS[name] for name in COMPARED_ROWS}}
+    shared = [column for column in GLUE_COLUMNS if column in scores]
+    is_whole = len(shared) == len(GLUE_COLUMNS)
+    averages = ["GLUE"] if is_whole else ["GLUE", f"mean of {len(shared)}"]
+    lines = []
+    for name, row in rows.items():
+        cells = [f"{row[column]:.1f}" if column in row else "" for column in GLUE_COLUMNS]
+        mean = f"{statistics.fmean(row[column] for column in shared):.1f}" if shared else ""
+        # The recorded averages of the paper, over all nine columns.
+        whole = f"{row['average']:.1f}" if "average" in row else mean if is_whole else ""
+        lines.append([name, *cells, whole, *([] if is_whole else [mean])])
+    missing = ", ".join(title for column, title in GLUE_COLUMNS.items() if column not in scores)
+    seeds = len(results["seeds"])
+    notes = [f"Development sets, per cent, medians of {seeds} seed{'s' if seeds > 1 else ''}; WNLI is not averaged."]
+    if missing:
+        notes.append(f"Not run: {missing}; the last column is every row's mean over the columns that were.")
+    notes.append("The other rows are the paper's (arXiv 2212.14034), medians of 5.")
+    comparison = _table(["model", *GLUE_COLUMNS.values(), *averages], lines)
+    return f"## GLUE\n\n{' '.join(notes)}\n\n{comparison}\n\n{_metrics_table(results)}\n"
+
+
+def own_data_section(results: Mapping[str, Any]) -> str:
+    """Scores on data that is not GLUE's, as markdown."""
+    return f"## Fine-tuned on other data\n\n{_metrics_table(results)}\n"
+
+
+def _metrics_table(results: Mapping[str, Any]) -> str:
+    rows = [
+        [_cell(TITLES.get(column, column)), _cell(metric.replace("_", " ")), f"{entry['median']:.1f}",
+         ", ".join(f"{value:.1f}" for value in entry["values"])]
+        for column, entries in results["tasks"].items()
+        for metric, entry in entries.items()
+    ]  # fmt: skip
+    return _table(["task", "metric", "median", "seeds"], rows)
+
+
+def _headline_scores(results: Mapping[str, Any]) -> dict[str, float]:
+    """Median of each GLUE column's metric, in per cent, of the columns that were run."""
+    return {
+        column: results["tasks"][column][HEADLINE_METRICS[column]]["median"]
+        for column in GLUE_COLUMNS
+        if HEADLINE_METRICS[column] in results["tasks"].get(column, {})
+    }
+
+
+def minimal_pairs_section(results: Mapping[str, Any]) -> str:
+    """Share of minimal pairs that come out right, as markdown."""
+    rows = [
+        [_cell(name), f"{entry['accuracy']:.1f}", f"{entry['pairs']:,}"]
+        for name, entry in results["phenomena"].items()
+    ]
+    return (
+        f"## Minimal pairs\n\nThe good sentence has the higher pseudo-log-likelihood in {results['accuracy']:.1f} % of "
+        f"{results['pairs']:,} pairs (chance: 50 %).\n\n{_table(['phenomenon', 'per cent right', 'pairs'], rows)}\n"
+    )
+
+
+# ---- Results that programs read ----
+
+
+def _mlm_result(eval_loss: float, text_name: str, dataset_name: str | None) -> EvalResult:
+    return EvalResult(
+        task_type="fill-mask",
+        task_name="Masked language modeling",
+        dataset_type=dataset_name or "held-out",
+        dataset_name=f"held-out part of {text_name}",
+        metric_type="loss",
+        metric_name=MLM_METRIC,
+        metric_value=round(eval_loss, 4),
+    )
+
+
+def _glue_eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """Every metric of every task; `metric_name` says which enters the GLUE average."""
+    seeds = len(results["seeds"])
+    entries = []
+    for column, metrics in results["tasks"].items():
+        config, split = MNLI_SPLITS.get(column, (column, "validation"))
+        for metric, entry in metrics.items():
+            entries.append(
+                EvalResult(
+                    task_type="text-classification",
+                    task_name="Text classification",
+                    dataset_type=GLUE_DATASET if column in TITLES else column,
+                    dataset_name=f"GLUE {TITLES[column]}" if column in TITLES else column,
+                    dataset_config=config if column in TITLES else None,
+                    dataset_split=split,
+                    metric_type=metric,
+                    metric_name=f"{metric} (per cent, median of {seeds} seed{'s' if seeds > 1 else ''})",
+                    metric_value=round(entry["median"], 2),
+                )
+            )
+    return entries
+
+
+def _minimal_pairs_result(results: Mapping[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="fill-mask",
+        task_name="Masked language modeling",
+        dataset_type=MINIMAL_PAIRS_DATASET,
+        dataset_name=f"{results['pairs']:,} minimal pairs",
+        metric_type="accuracy",
+        metric_name="accuracy by pseudo-log-likelihood (per cent)",
+        metric_value=round(results["accuracy"], 2),
+    )
+
+
+def _eval_entries(data: CardData) -> dict[str, list[EvalResultEntry]]:
+    """
+    The results on data sets of the Hub as entries of `.eval_results/*.yaml`, by name of the file.
+
+    An entry has one value for a task: of GLUE, the metric that enters the average.
+    """
+    files: dict[str, list[EvalResultEntry]] = {}
+    columns = {place: column for column, place in MNLI_SPLITS.items()}
+    for result in data.get("eval_results", []):
+        if result.dataset_type == GLUE_DATASET:
+            column = columns.get((result.dataset_config, result.dataset_split), result.dataset_config)
+            if result.metric_type == HEADLINE_METRICS.get(column):
+                entry = EvalResultEntry(GLUE_DATASET, column, result.metric_value, notes=result.metric_name)
+                files.setdefault("glue", []).append(entry)
+        elif result.metric_name == MLM_METRIC and result.dataset_type in data.get("datasets", []):
+            entry = EvalResultEntry(result.dataset_type, "fill-mask", result.metric_value, notes=MLM_METRIC)
+            files.setdefault("masked_language_modeling", []).append(entry)
+    return files

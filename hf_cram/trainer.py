@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import SaveStrategy, TrainOutput, seed_worker
+from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, seed_worker
 
 from .budget import BudgetClock, BudgetFollower, BudgetLRScheduler, Interval, build_lr_schedule, ramped_batch_size
 from .callbacks import BudgetProgress, BudgetProgressCallback
@@ -37,6 +37,7 @@ from .checkpointing import (
     save_errors,
 )
 from .hardware import bf16_is_faster, compile_pays_off, largest_linear_shape, measure_matmul_flops, training_flops
+from .hub import HubPusher, HubTarget
 from .optimization import decayed_parameter_names
 from .row_stream import BudgetBatchSampler, RowStream
 from .training_args import CramTrainingArguments
@@ -95,7 +96,8 @@ class CramTrainer(Trainer):
     time go through the model. The training dataset is map-style, so that a resumed run finds its next unseen row.
 
     Raises [`CheckpointError`] where saving or resuming fails and [`NonFiniteError`] where the loss stays non-finite;
-    `interrupted_by` holds the signal after a run that SIGTERM or SIGINT stopped.
+    `interrupted_by` holds the signal after a run that SIGTERM or SIGINT stopped. With `push_to_hub` checkpoints are
+    pushed in the background, safe from what the Hub may do; [`push_to_hub`] at the end pushes what was saved.
     """
 
     args: CramTrainingArguments
@@ -127,6 +129,7 @@ class CramTrainer(Trainer):
         self._choose_compile(model, args)
         self._setup_seconds = time_function() - started
         self._started_at = 0.0
+        self.pusher: HubPusher | None = None
 
         super().__init__(model=model, args=args, **kwargs)
         self.clock = BudgetClock(args.time_budget_seconds, time_function)
@@ -510,13 +513,36 @@ class CramTrainer(Trainer):
             if self.args.should_save:
                 clear_staging(output_dir)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(output_dir / name))
+        self._push_from_checkpoint(str(output_dir / name))
         self._save_seconds = max(self._save_seconds or 0.0, time.monotonic() - started)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        # In place of the Trainer's pushing, which stops where the Hub is away, leaves the code files out of
+        # intermediate pushes and uploads training_args.bin.
+        if self.is_world_process_zero():
+            self.pusher = HubPusher(self.output_dir, self._hub_target)
+
+    @property
+    def _hub_target(self) -> HubTarget:
+        model_id = self.args.hub_model_id or self.output_dir.resolve().name
+        return HubTarget(model_id, self.args.hub_private_repo, self.args.hub_revision)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._is_staging:  # never a half-written one
-            super()._push_from_checkpoint(checkpoint_folder)
+        # Never one that is being staged, half-written.
+        if self.pusher is not None and not self._is_staging and self.args.hub_strategy != HubStrategy.END:
+            self.pusher.push_checkpoint(Path(checkpoint_folder))
+
+    def push_to_hub(self, commit_message: str | None = None, **kwargs: Any) -> bool:  # type: ignore[override]
+        """
+        Push what can be shared of the output folder: weights, code, tokenizer, card, results, recipe, curve.
+
+        Save before. Where the Hub cannot be had after some retries, warns with the command to push later and returns
+        False. To be called at the end, on any process: one pushes.
+        """
+        if not self.is_world_process_zero():
+            return True
+        self.pusher = self.pusher or HubPusher(self.output_dir, self._hub_target)
+        return self.pusher.finish(self.output_dir, commit_message or "End of training")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, tokenizer and arguments into the output folder; each file is whole or the old one."""
@@ -531,8 +557,6 @@ class CramTrainer(Trainer):
                 publish_files(staged, target)
                 clear_staging(target)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # ---- Progress ----
 

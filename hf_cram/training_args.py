@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 
 from .budget import Interval, build_lr_schedule, parse_duration
 
@@ -135,6 +135,12 @@ class CramTrainingArguments(TrainingArguments):
             raise ValueError("load_best_model_at_end has no place under a budget: the last model is the result")
         if self.hub_token is not None:
             raise ValueError("hub_token would be written to training_args.bin: set HF_TOKEN or log in instead")
+        if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE, "end", "every_save"):
+            raise ValueError(
+                "hub_strategy would upload the optimiser's state, which is not safetensors: use every_save or end"
+            )
+        if self.hub_always_push:
+            raise ValueError("hub_always_push has no place here: while one push runs, the newest checkpoint waits")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size restarts training inside the clock: set per_device_train_batch_size"

@@ -13,13 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers.trainer_utils import SaveStrategy
 
 from hf_cram.checkpointing import RunState, last_checkpoint
+from hf_cram.data.pipeline import DataArguments
 from hf_cram.launching import missing_processes, use_all_cores
+from hf_cram.recipes import ModelArguments, RecipeParser
+from hf_cram.training_args import CramTrainingArguments
 
 WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
 SMALL = [
@@ -110,6 +115,29 @@ def test_result_works_everywhere(finished):
     )
     assert "hidden_size: 32" in card.text
     assert str(out.parent) not in (out / "README.md").read_text()
+
+
+def test_recipe_beside_the_model_can_be_shared_and_run_again(finished):
+    from run_mlm_cram import MaskingArguments, shareable
+
+    out = finished[-1]
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["learning_rate"] == 5e-3
+    assert not {"train_files", "cache_dir", "output_dir", "resume_from_checkpoint"} & set(recipe)
+    parser = RecipeParser((ModelArguments, DataArguments, MaskingArguments, CramTrainingArguments))
+    model_args, data_args, _, training_args = parser.parse([str(out / "recipe.yaml"), "--output_dir", str(out)])
+    assert (model_args.hidden_size, data_args.vocab_size, training_args.learning_rate) == (32, 200, 5e-3)
+    given = {
+        "hub_model_id": "me/x",
+        "push_to_hub": True,
+        "save_strategy": SaveStrategy.STEPS,
+        "dataset_name": str(out),
+    }
+    assert shareable(given | {"seed": 3}) == {"save_strategy": "steps", "seed": 3}
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["text_name"] == "text.txt"
+    assert results["hardware"].startswith("1 x ")
+    assert results["num_parameters"] == AutoModelForMaskedLM.from_pretrained(out).num_parameters()
 
 
 def test_held_out_loss_is_that_of_the_saved_model(finished, text):

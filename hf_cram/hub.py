@@ -1,0 +1,321 @@
+"""
+Push a model to the Hub: in the background while it trains, or later by a command.
+
+    python -m hf_cram.hub OUTPUT_DIR [--hub_model_id ID] [--private]
+
+The token is that of HF_TOKEN or of `hf auth login`; it is no argument, so that no file or log can hold it.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import logging as hub_logging
+from transformers.dynamic_module_utils import get_relative_import_files
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# Waits between attempts; the client's own quick retries come on top.
+RETRY_SECONDS = (5.0, 20.0, 60.0)
+LONGEST_RETRY_AFTER_SECONDS = 300.0
+# Without it the client waits for ever for a server that has gone silent.
+SILENCE_SECONDS = 120.0
+PUSHING_NAME = ".pushing"
+# All that is ever pushed, beside the code files that config.json names: no optimiser, no state of a run, nothing else
+# that may lie in the folder.
+SHAREABLE = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
+    "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png",
+    "all_results.json", "glue_results.json", "glue_results.png", "minimal_pairs_results.json",
+)  # fmt: skip
+
+
+class HubError(RuntimeError):
+    """
+    A push that failed: the message names the cause, and where there is one the way out, in one line.
+
+    `is_final` says that trying again is of no use; `retry_after_seconds` is what the server asked for.
+    """
+
+    def __init__(self, message: str, is_final: bool = True, retry_after_seconds: float = 0.0):
+        super().__init__(message)
+        self.is_final = is_final
+        self.retry_after_seconds = retry_after_seconds
+
+
+@dataclass(frozen=True)
+class HubTarget:
+    """A repository: `model_id` is `name` or `owner/name`, `private` matters where it is created."""
+
+    model_id: str
+    private: bool | None = None
+    revision: str | None = None
+
+    def command(self, folder: Path) -> str:
+        """The command that pushes `folder` here."""
+        words = ["python", "-m", "hf_cram.hub", str(folder), "--hub_model_id", self.model_id]
+        words += ["--private"] if self.private else []
+        words += ["--hub_revision", self.revision] if self.revision else []
+        return shlex.join(words)
+
+
+def shareable_files(folder: Path) -> list[str]:
+    """
+    Names in `folder` of the files that may be pushed, code files included.
+
+    Raises [`HubError`] where there is no model in `folder`.
+    """
+    if not folder.is_dir():
+        raise HubError(f"there is no folder {folder}")
+    config_path = folder / "config.json"
+    if not config_path.is_file() or not any(folder.glob("model*.safetensors")):
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        way_out = (
+            f"name its checkpoint {checkpoints[-1]}" if checkpoints else "name the output folder of a finished run"
+        )
+        raise HubError(f"{folder} holds no config.json with model.safetensors: {way_out}")
+    files = {path for pattern in SHAREABLE for path in folder.glob(pattern) if path.is_file()}
+    try:
+        auto_map = json.loads(config_path.read_text(encoding="utf-8")).get("auto_map", {})
+    except ValueError as error:
+        raise HubError(f"{config_path} cannot be read ({error}): write the model again") from error
+    for reference in auto_map.values():
+        module = folder / f"{reference.split('.')[0]}.py"
+        if module.is_file():  # else the code of another repository
+            files.update([module, *map(Path, get_relative_import_files(module))])
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def explain(error: BaseException, target: HubTarget) -> HubError:
+    """What went wrong, in one line, from an error of the Hub's client."""
+    while not isinstance(error, HfHubHTTPError | ValueError) and error.__cause__ is not None:
+        error = error.__cause__  # the client wraps what happens in its upload threads
+    if not isinstance(error, HfHubHTTPError):
+        return _explain_without_answer(error)
+    response = error.response
+    status = response.status_code
+    if status == 401:
+        fault = "the token is not valid" if get_token() else "there is no token"
+        return HubError(f"{fault} (401): set HF_TOKEN, or run `hf auth login`")
+    if status == 403:
+        return HubError(
+            f"the token may not write to {target.model_id} (403): take one that may, or another hub_model_id"
+        )
+    if status == 404:
+        return HubError(f"there is no {target.model_id} at {target.revision or 'main'} that the token can see (404)")
+    if status in (408, 425, 429) or status >= 500:
+        wait = response.headers.get("Retry-After", "")
+        seconds = min(float(wait), LONGEST_RETRY_AFTER_SECONDS) if wait.isdigit() else 0.0
+        fault = "the Hub asks for fewer requests (429)" if status == 429 else f"the Hub answers {status}"
+        return HubError(fault, is_final=False, retry_after_seconds=seconds)
+    return HubError(f"the Hub refuses the push: {error.server_message or error} ({status})")
+
+
+def _explain_without_answer(error: BaseException) -> HubError:
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError("offline mode is on: unset HF_HUB_OFFLINE")
+    if isinstance(error, OSError) and error.filename is not None:
+        return HubError(f"{error.filename}: {error.strerror}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        return HubError("; ".join(lines))  # about what was sent: a card with bad metadata, a name that cannot be
+    return HubError(f"the Hub cannot be reached ({lines[0]})", is_final=False)
+
+
+def _with_retries(
+    action: Callable[[], Result], target: HubTarget, wait: Callable[[float], bool | None] = time.sleep
+) -> Result:
+    """
+    The result of `action`, tried again after `RETRY_SECONDS` where that can help.
+
+    `wait` waits for seconds and returns true to give up. Raises [`HubError`] with the last cause.
+    """
+    for seconds in (*RETRY_SECONDS, None):
+        try:
+            with _one_voice():
+                return action()
+        # The client raises HTTP and system errors, its storage backend RuntimeErrors, bad answers are ValueErrors.
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            failure = explain(error, target)
+            if failure.is_final or seconds is None or wait(max(seconds, failure.retry_after_seconds)):
+                raise failure from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Keep the client from warning about each of its own retries: the push says once how it went."""
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    get_session().timeout = SILENCE_SECONDS
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
+
+
+def _create_repository(target: HubTarget) -> str:
+    """Full name of the repository, created where it is absent."""
+    return HfApi().create_repo(target.model_id, private=target.private, exist_ok=True).repo_id
+
+
+def push_folder(
+    folder: Path,
+    target: HubTarget,
+    commit_message: str = "Upload model",
+    wait: Callable[[float], bool | None] = time.sleep,
+) -> str:
+    """
+    Push what can be shared of `folder` in one commit and return the repository's address.
+
+    Raises [`HubError`] where there is no model in `folder`, and where the Hub cannot be had after some retries.
+    """
+    names = shareable_files(folder)
+
+    def upload() -> str:
+        repo_id = _create_repository(target)
+        operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
+        HfApi().create_commit(repo_id, operations, commit_message=commit_message, revision=target.revision)
+        return f"{HfApi().endpoint}/{repo_id}"
+
+    return _with_retries(upload, target, wait)
+
+
+def push_or_warn(folder: Path, target: HubTarget, commit_message: str = "Upload model") -> bool:
+    """Push `folder`; where that fails, or Ctrl-C ends it, warn with the command to do it later and return False."""
+    try:
+        logger.info("Pushed to %s", push_folder(folder, target, commit_message))
+        return True
+    except (HubError, KeyboardInterrupt) as error:
+        cause = str(error) or "interrupted"
+        logger.warning("%s is not pushed to the Hub: %s. Push it with: %s", folder, cause, target.command(folder))
+        return False
+
+
+class HubPusher:
+    """
+    Pushes checkpoints from a thread of its own, so that training neither waits nor stops for the Hub.
+
+    The repository is created at once, so that a token that is refused is known at the start. While one checkpoint is
+    being pushed only the newest of the others waits; it is pinned by hard links against being deleted.
+    """
+
+    def __init__(self, output_dir: Path, target: HubTarget):
+        self.output_dir, self.target = output_dir, target
+        self._changed = threading.Condition()
+        self._waiting: Path | None = None
+        self._count = 0
+        self._finishing = threading.Event()
+        self._is_refused = False
+        self._has_warned = False
+        shutil.rmtree(output_dir / PUSHING_NAME, ignore_errors=True)  # of a killed run
+        # A daemon: an interrupted run, whose checkpoint is safe, does not wait for it.
+        self._thread = threading.Thread(target=self._work, name="hf_cram-push", daemon=True)
+        self._thread.start()
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Have the complete folder `checkpoint` pushed; returns at once."""
+        if self._is_refused or not self._thread.is_alive():
+            return
+        self._count += 1  # a step may be saved twice
+        pinned = self.output_dir / PUSHING_NAME / f"{self._count}-{checkpoint.name}"
+        try:
+            _pin(checkpoint, pinned, shareable_files(checkpoint))
+        except (OSError, HubError) as error:
+            self._warn(f"{checkpoint} cannot be read ({error})")
+            return
+        with self._changed:
+            dropped, self._waiting = self._waiting, pinned
+            self._changed.notify()
+        if dropped is not None:
+            shutil.rmtree(dropped, ignore_errors=True)
+
+    def finish(self, folder: Path, commit_message: str) -> bool:
+        """Push `folder` as the result, after what is on its way; False, with a warning and a command, if it fails."""
+        with self._changed:
+            self._finishing.set()
+            self._changed.notify()
+        with contextlib.suppress(KeyboardInterrupt):
+            self._thread.join()
+        shutil.rmtree(self.output_dir / PUSHING_NAME, ignore_errors=True)
+        return push_or_warn(folder, self.target, commit_message)
+
+    def _work(self) -> None:
+        self._attempt(
+            lambda: _with_retries(lambda: _create_repository(self.target), self.target, self._finishing.wait)
+        )
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._finishing.is_set())
+                pinned, self._waiting = self._waiting, None
+            if self._finishing.is_set() or pinned is None:
+                return
+            message = f"Training in progress, step {pinned.name.rpartition('-')[2]}"
+            self._attempt(lambda: push_folder(pinned, self.target, message, self._finishing.wait))  # noqa: B023
+            shutil.rmtree(pinned, ignore_errors=True)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except HubError as error:
+            self._is_refused = error.is_final
+            if not self._finishing.is_set():  # else the last push tells
+                self._warn(str(error))
+
+    def _warn(self, cause: str) -> None:
+        """Once a run: the rest is said at its end."""
+        if not self._has_warned:
+            logger.warning(
+                "Pushing to the Hub fails: %s. Training goes on, and the push at its end is tried in any case; "
+                "by hand it is: %s",
+                cause, self.target.command(self.output_dir),
+            )  # fmt: skip
+        self._has_warned = True
+
+
+def _pin(folder: Path, pinned: Path, names: Sequence[str]) -> None:
+    """Give the files `names` of `folder` a second place; their content stays when the first is deleted."""
+    shutil.rmtree(pinned, ignore_errors=True)
+    pinned.mkdir(parents=True)
+    for name in names:
+        (pinned / name).parent.mkdir(exist_ok=True)
+        try:
+            os.link(folder / name, pinned / name)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(folder / name, pinned / name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Push a folder and print where it is; ends with status 1 and one line where that fails."""
+    parser = argparse.ArgumentParser(prog="hf_cram.hub", description="Push a trained model to the Hugging Face Hub.")
+    parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="output folder of a run, or a checkpoint")
+    parser.add_argument("--hub_model_id", help="NAME or OWNER/NAME of the repository (default: the folder's name)")
+    parser.add_argument("--private", action="store_true", default=None, help="if created, visible to its owner only")
+    parser.add_argument("--hub_revision", help="branch to push to (default: main)")
+    options = parser.parse_args(arguments)
+    target = HubTarget(options.hub_model_id or options.folder.resolve().name, options.private, options.hub_revision)
+    try:
+        print(push_folder(options.folder, target))
+    except HubError as error:
+        sys.exit(f"hf_cram.hub: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""A Hub on the loopback interface: enough of its REST API for the real client to create, upload, commit and load."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+TOKEN = "hf_ThisIsTheSecretOfTheTests"
+OWNER = "me"
+CUT, SILENCE = 0, 1
+LARGE_SUFFIXES = (".safetensors", ".png")
+
+
+@dataclass
+class Fault:
+    """
+    What the next `times` requests to a path with `path_part` in it get instead of an answer.
+
+    `CUT` closes the connection in the middle of the request's body, `SILENCE` never answers.
+    """
+
+    path_part: str
+    status: int
+    times: int = 1_000_000
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Repository:
+    """Files by path at each commit, oldest first."""
+
+    private: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+    @property
+    def head(self) -> str:
+        return list(self.commits)[-1]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.commits[self.head]
+
+    def commit(self, files: dict[str, bytes], message: str) -> str:
+        sha = hashlib.sha1(f"{len(self.commits)} {message} {sorted(files)}".encode()).hexdigest()
+        self.commits[sha] = files
+        self.messages.append(message)
+        return sha
+
+
+class HubServer(ThreadingHTTPServer):
+    """`repositories` by full name, `large` objects by sha256, `faults` to come, all `received` bodies, `requests`."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories: dict[str, Repository] = {}
+        self.large: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.received: list[bytes] = []
+        self.requests: list[str] = []
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Connections that are cut are meant to be."""
+
+    def next_fault(self, path: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.path_part in path and fault.times > 0:
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: reads it, answers by the first matching route."""
+
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes | dict | list = b"", **headers: str) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def handle_request(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
+        length = int(self.headers.get("Content-Length", 0))
+        fault = self.server.next_fault(path)
+        if fault is not None and fault.status in (CUT, SILENCE):
+            self.rfile.read(length // 2)
+            if fault.status == SILENCE:
+                self.server.closing.wait()
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = self.rfile.read(length) if length else self.read_chunks()
+        self.server.received.append(body)
+        if fault is not None:
+            self.answer(fault.status, {"error": "as ordered"}, **fault.headers)
+        elif self.command != "GET" and self.command != "HEAD" and not self.is_allowed(path):
+            self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        elif self.command == "PUT":
+            self.put_large(path, body)
+        elif self.command == "POST":
+            self.post(path, body)
+        else:
+            self.get(path)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def read_chunks(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return b""
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def is_allowed(self, path: str) -> bool:
+        # Like the storage behind the Hub, which takes signed addresses.
+        return path.startswith("/storage/") or self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def put_large(self, path: str, body: bytes) -> None:
+        oid = path.rpartition("/")[2]
+        if hashlib.sha256(body).hexdigest() != oid:
+            self.answer(400, {"error": "the content is not that of its name"})
+            return
+        self.server.large[oid] = body
+        self.answer(200)
+
+    def post(self, path: str, body: bytes) -> None:
+        parts = path.strip("/").split("/")
+        if path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self.validate(json.loads(body)["content"])
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self.batch(json.loads(body)["objects"])
+        elif path == "/verify":
+            self.answer(200 if json.loads(body)["oid"] in self.server.large else 404, {})
+        elif len(parts) == 6 and "/".join(parts[2:4]) not in self.server.repositories:
+            self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+        elif len(parts) == 6 and parts[4] == "preupload":
+            self.preupload(json.loads(body)["files"])
+        elif len(parts) == 6 and parts[4] == "commit":
+            self.commit("/".join(parts[2:4]), body)
+        else:
+            self.answer(404, {"error": f"no such address: {path}"})
+
+    def create(self, wanted: dict) -> None:
+        name = f"{wanted['organization'] or OWNER}/{wanted['name']}"
+        known = name in self.server.repositories
+        repository = self.server.repositories.setdefault(name, Repository())
+        if not known:
+            repository.private = wanted.get("visibility") == "private"
+            repository.commit({}, "initial commit")
+        self.answer(409 if known else 200, {"url": f"{self.server.url}/{name}", "name": name})
+
+    def validate(self, content: str) -> None:
+        try:
+            front_matter = yaml.safe_load(content.split("---")[1])
+            problem = None if isinstance(front_matter, dict) else "no keys"
+        except (IndexError, yaml.YAMLError) as error:
+            problem = str(error)
+        errors = [{"message": problem}] if problem else []
+        self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
+
+    def preupload(self, files: list[dict]) -> None:
+        modes = ["lfs" if file["path"].endswith(LARGE_SUFFIXES) else "regular" for file in files]
+        self.answer(
+            200,
+            {
+                "files": [
+                    {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+                    for file, mode in zip(files, modes, strict=True)
+                ]
+            },
+        )
+
+    def batch(self, objects: list[dict]) -> None:
+        answers = []
+        for entry in objects:
+            known = {"oid": entry["oid"], "size": entry["size"]}
+            if entry["oid"] not in self.server.large:
+                known["actions"] = {
+                    "upload": {"href": f"{self.server.url}/storage/{entry['oid']}"},
+                    "verify": {"href": f"{self.server.url}/verify"},
+                }
+            answers.append(known)
+        self.answer(200, {"transfer": "basic", "objects": answers})
+
+    def commit(self, name: str, body: bytes) -> None:
+        repository = self.server.repositories[name]
+        files, message = dict(repository.files), ""
+        for line in filter(None, body.splitlines()):
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "header":
+                message = value["summary"]
+            elif entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.server.large[value["oid"]]
+        sha = repository.commit(files, message)
+        self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{sha}", "commitOid": sha})
+
+    def get(self, path: str) -> None:
+        parts = path.strip("/").split("/")
+        is_api = parts[:2] == ["api", "models"]
+        name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
+        repository = self.server.repositories.get(name)
+        if repository is None:
+            self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+            return
+        sha = rest[1] if len(rest) > 1 and rest[1] in repository.commits else repository.head
+        files = repository.commits[sha]
+        if is_api and rest[:1] == ["tree"]:
+            self.tree(files, "/".join(rest[2:]), sha)
+        elif is_api:
+            siblings = [{"rfilename": file} for file in files]
+            self.answer(200, {"id": name, "modelId": name, "sha": sha, "siblings": siblings, "tags": []})
+        else:
+            self.resolve(files.get("/".join(rest[2:])), sha)
+
+    def tree(self, files: dict[str, bytes], folder: str, sha: str) -> None:
+        entries = [
+            {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for file, content in files.items()
+            if file.startswith(f"{folder}/" if folder else "")
+        ]
+        if folder and not entries:
+            self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        else:
+            self.answer(200, entries)
+
+    def resolve(self, content: bytes | None, sha: str) -> None:
+        if content is None:
+            self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        else:
+            self.answer(200, content, X_Repo_Commit=sha, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+
+
+@contextmanager
+def running_hub() -> Iterator[HubServer]:
+    """A server in a thread of its own, for as long as the block runs."""
+    with HubServer() as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.closing.set()
+        server.shutdown()
+        thread.join()

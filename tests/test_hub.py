@@ -1,0 +1,406 @@
+"""Pushing with the real client to a Hub on the loopback interface, with and without its faults."""
+
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from hub_server import CUT, SILENCE, TOKEN, Fault, running_hub
+from huggingface_hub import ModelCard
+from safetensors.torch import load, load_file
+from transformers import AutoModelForMaskedLM
+
+from hf_cram import hub
+from hf_cram.hub import HubError, HubPusher, HubTarget, shareable_files
+
+WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
+SMALL = [
+    "--vocab_size", "200", "--max_seq_length", "32", "--eval_rows", "16", "--hidden_size", "32",
+    "--num_hidden_layers", "2", "--num_attention_heads", "2", "--intermediate_size", "64",
+    "--per_device_train_batch_size", "8", "--learning_rate", "5e-3", "--bf16", "false", "--torch_compile", "false",
+]  # fmt: skip
+CODE = {"configuration_crammed_bert.py", "modeling_crammed_bert.py"}
+MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+RESULTS = {"README.md", "all_results.json", "recipe.yaml", "loss_curve.png"}
+HEADS = ("", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification",
+         "ForQuestionAnswering", "ForMultipleChoice")  # fmt: skip
+COMMAND = re.compile(r"python -m hf_cram\.hub (.*)")
+
+# Forks each command that is asked for: the imports are paid once, the commands are processes of their own. The waits
+# between attempts, the client's included, are cut short.
+DRIVER = """
+import json, os, runpy, sys, time, types
+import huggingface_hub.constants, huggingface_hub.utils._http as client
+import hf_cram.hub, run_mlm_cram
+hf_cram.hub.RETRY_SECONDS = (0.1, 0.2, 0.4)
+hf_cram.hub.SILENCE_SECONDS = 1.0
+client.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.02))})
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        huggingface_hub.constants.ENDPOINT = job["endpoint"]
+        sys.argv = job["command"]
+        code = 0
+        try:
+            if sys.argv[0] == "hf_cram.hub":
+                hf_cram.hub.main(sys.argv[1:])
+            else:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+LOAD = """
+import importlib.util, sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+target, folder, *revisions = sys.argv[1:]
+trust = {"trust_remote_code": True}
+if importlib.util.find_spec("hf_cram") is not None:
+    import hf_cram
+    trust = {}
+tokenizer = AutoTokenizer.from_pretrained("me/crammed")
+ids = torch.tensor([tokenizer("the old man saw a boat", add_special_tokens=False)["input_ids"]])
+logits = {"local": AutoModelForMaskedLM.from_pretrained(folder, **trust)(ids).logits.detach().contiguous()}
+for revision in revisions:
+    model = AutoModelForMaskedLM.from_pretrained("me/crammed", revision=revision, **trust)
+    logits[revision] = model(ids).logits.detach().contiguous()
+    AutoModelForSequenceClassification.from_pretrained("me/crammed", revision=revision, **trust)
+save_file(logits, target)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def environment(server, tmp_path_factory):
+    """A machine that is logged in, with this checkout in its path."""
+    home = str(tmp_path_factory.mktemp("home"))
+    paths = [path for path in sys.path if path not in ("", str(REPOSITORY))]
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))},
+        "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *paths]),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(environment, server, tmp_path_factory):
+    """Runs a command (a script with its arguments, or `hf_cram.hub`); returns its status and what it wrote."""
+    folder = tmp_path_factory.mktemp("logs")
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout.readline() == "ready\n"
+
+    def run_command(*command, endpoint=server.url):
+        log = folder / f"{len(list(folder.iterdir()))}.log"
+        job = {"command": [str(word) for word in command], "log": str(log), "endpoint": endpoint}
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        status = int(process.stdout.readline().split()[1])
+        return status, log.read_text()
+
+    yield run_command
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def train(run, tmp_path_factory):
+    """Trains a tiny model with `--push_to_hub`; returns status, log and output folder."""
+    folder = tmp_path_factory.mktemp("training")
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(5, 30))) + "." for _ in range(2000)]
+    (folder / "text.txt").write_text("\n".join(lines))
+
+    def train_model(name, *more, **options):
+        out = folder / name
+        text = ["--train_files", folder / "text.txt", "--cache_dir", folder / "cache"]
+        pushing = ["--push_to_hub", "true", "--hub_model_id", f"me/{name}", "--output_dir", out]
+        status, log = run(REPOSITORY / "run_mlm_cram.py", *text, *SMALL, *pushing, *more, **options)
+        return status, log, out
+
+    return train_model
+
+
+@pytest.fixture(scope="module")
+def pushed(train):
+    """A run that pushes its checkpoints and its result, with nothing in the way."""
+    return train("crammed", "--time_budget", "4s", "--save_interval", "20%", "--save_total_limit", "1",
+                 "--logging_interval", "25%", "--hub_private_repo", "true")  # fmt: skip
+
+
+@pytest.fixture
+def heal(server):
+    yield server.faults.clear
+    server.faults.clear()
+
+
+def test_training_pushes_all_that_can_be_shared_and_nothing_else(pushed, server):
+    status, log, out = pushed
+    assert status == 0, log
+    repository = server.repositories["me/crammed"]
+    assert set(repository.files) == CODE | MODEL | RESULTS
+    assert repository.private
+    assert repository.messages[-1] == "End of training"
+    assert f"Pushed to {server.url}/me/crammed" in log
+    assert {name: (out / name).read_bytes() for name in repository.files} == repository.files
+    assert not (out / hub.PUSHING_NAME).exists()
+    card = ModelCard(repository.files["README.md"].decode())
+    assert card.data.eval_results[0].metric_type == "loss"
+    recipe = yaml.safe_load(repository.files["recipe.yaml"])
+    assert recipe["hidden_size"] == 32
+    assert not [name for name in recipe if "hub" in name or name.endswith("_dir") or name == "train_files"]
+    results = json.loads(repository.files["all_results.json"])
+    assert results["text_name"] == "text.txt"
+    assert "CPU threads" in results["hardware"]
+    assert results["num_parameters"] == AutoModelForMaskedLM.from_pretrained(out).num_parameters()
+
+
+def test_checkpoints_on_the_way_are_whole_models_with_their_code(pushed, server):
+    repository = server.repositories["me/crammed"]
+    on_the_way = dict(zip(repository.messages, repository.commits.values(), strict=True))
+    steps = [message for message in on_the_way if message.startswith("Training in progress, step ")]
+    assert steps
+    result = load(repository.files["model.safetensors"])
+    for message in steps:
+        files = on_the_way[message]
+        assert set(files) == CODE | MODEL
+        auto_map = json.loads(files["config.json"])["auto_map"]
+        assert set(auto_map) == {"AutoConfig", *(f"AutoModel{head}" for head in HEADS)}
+        assert load(files["model.safetensors"]).keys() == result.keys()
+    # The last one may be the result.
+    first = load(on_the_way[steps[0]]["model.safetensors"])
+    assert not all(torch.equal(tensor, result[name]) for name, tensor in first.items())
+
+
+def test_the_token_is_found_nowhere(pushed, server):
+    _, log, out = pushed
+    assert TOKEN not in log
+    for content in [*server.received, *(path.read_bytes() for path in out.rglob("*") if path.is_file())]:
+        assert TOKEN.encode() not in content
+
+
+@pytest.mark.parametrize("has_package", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_fresh_process_loads_result_and_checkpoint_from_the_hub(pushed, server, environment, tmp_path, has_package):
+    repository = server.repositories["me/crammed"]
+    steps = [sha for sha, files in repository.commits.items() if set(files) == CODE | MODEL]
+    paths = environment["PYTHONPATH"].split(os.pathsep)
+    fresh = {
+        **environment, "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": os.pathsep.join(paths if has_package else paths[1:]),
+    }  # fmt: skip
+    target = tmp_path / "logits.safetensors"
+    revisions = [repository.head, steps[0]]
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, str(target), str(pushed[-1]), *revisions],
+        env=fresh, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    logits = load_file(target)
+    assert torch.equal(logits[repository.head], logits["local"])
+    assert not torch.allclose(logits[steps[0]], logits["local"], atol=1e-4)
+
+
+LASTING = {
+    "unauthorised": (Fault("/api/repos/create", 401), "the token is not valid (401): set HF_TOKEN, or run `hf auth"),
+    "forbidden": (Fault("/commit/", 403), "the token may not write to me/forbidden (403)"),
+    "busy": (Fault("/preupload/", 500), "the Hub answers 500"),
+    "cut": (Fault("/storage/", CUT), "the Hub cannot be reached ("),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "unauthorised" else [pytest.mark.slow])
+                                  for name in LASTING])  # fmt: skip
+def test_training_goes_on_under_a_lasting_fault_and_the_command_pushes_later(train, run, server, heal, name):
+    fault, cause = LASTING[name]
+    server.faults.append(fault)
+    status, log, out = train(name, "--time_budget", "3s", "--save_interval", "30%")
+    assert status == 0, log
+    assert "Traceback" not in log
+    last = [line for line in log.splitlines() if "is not pushed to the Hub" in line]
+    assert len(last) == 1
+    assert cause in last[0]
+    assert log.count("Training goes on") <= 1
+    assert "Retrying" not in log
+    assert json.loads((out / "all_results.json").read_text())["train_seconds"] >= 3
+    heal()
+    words = shlex.split(COMMAND.search(last[0])[1])
+    status, log = run("hf_cram.hub", *words)
+    assert status == 0, log
+    assert log.splitlines()[-1] == f"{server.url}/me/{name}"
+    assert set(server.repositories[f"me/{name}"].files) == CODE | MODEL | RESULTS
+
+
+def test_training_goes_on_where_there_is_no_hub(train, run):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        status, log, out = train("absent", "--max_steps", "4", endpoint=endpoint)
+        assert status == 0, log
+        last = log.splitlines()[-1]
+        assert "the Hub cannot be reached ([Errno 111] Connection refused)" in last
+        assert COMMAND.search(last)[1] == f"{out} --hub_model_id me/absent"
+        assert log.count("hf_cram.hub out") <= 1
+        status, log = run("hf_cram.hub", out, endpoint=endpoint)
+        assert status == 1
+        assert log.strip() == "hf_cram.hub: error: the Hub cannot be reached ([Errno 111] Connection refused)"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("/commit/", 429, times=2, headers={"Retry-After": "1"}),
+        Fault("/api/repos/create", 429, times=2, headers={"Retry-After": "0"}),
+        Fault("/api/validate-yaml", 503, times=1),
+        Fault("/preupload/", 500, times=3),
+        Fault("/storage/", CUT, times=1),
+        Fault("/storage/", CUT, times=7),
+        Fault("/preupload/", SILENCE, times=1),
+        Fault("/api/repos/create", SILENCE, times=1),
+        Fault("/verify", 500, times=7),
+        Fault("/commit/", CUT, times=1),
+    ],
+    ids=lambda fault: f"{fault.path_part.strip('/').split('/')[-1]}-{fault.status}-{fault.times}",
+)
+def test_a_passing_fault_is_waited_out(pushed, run, server, heal, fault):
+    server.faults.append(fault)
+    server.large.clear()
+    server.repositories.pop("me/later", None)
+    status, log = run("hf_cram.hub", pushed[-1], "--hub_model_id", "later", "--private")
+    assert status == 0, log
+    assert fault.times == 0
+    assert log.strip().splitlines()[-1] == f"{server.url}/me/later"
+    assert set(server.repositories["me/later"].files) == CODE | MODEL | RESULTS
+    assert server.repositories["me/later"].private
+
+
+def test_a_checkpoint_can_be_pushed_by_the_command(pushed, run, server):
+    (checkpoint,) = pushed[-1].glob("checkpoint-*")
+    status, log = run("hf_cram.hub", checkpoint)
+    assert status == 0, log
+    assert set(server.repositories[f"me/{checkpoint.name}"].files) == CODE | MODEL
+
+
+@pytest.mark.parametrize("mistake", ["no folder", "no model", "only checkpoints", "bad name", "bad card"])
+def test_a_users_mistake_is_one_line(pushed, run, tmp_path, mistake):
+    folder, more, message = tmp_path / "out", [], {
+        "no folder": "there is no folder", "no model": "name the output folder of a finished run",
+        "only checkpoints": "name its checkpoint", "bad name": "a b", "bad card": "Invalid metadata in README.md",
+    }[mistake]  # fmt: skip
+    if mistake != "no folder":
+        folder.mkdir()
+    if mistake == "only checkpoints":
+        shutil.copytree(next(pushed[-1].glob("checkpoint-*")), folder / "checkpoint-3")
+    if mistake in ("bad name", "bad card"):
+        shutil.copytree(pushed[-1], folder, dirs_exist_ok=True)
+    if mistake == "bad name":
+        more = ["--hub_model_id", "a b"]
+    if mistake == "bad card":
+        (folder / "README.md").write_text("---\nlanguage: [en\n---\n")
+    status, log = run("hf_cram.hub", folder, *more)
+    assert status == 1
+    (line,) = log.strip().splitlines()
+    assert line.startswith("hf_cram.hub: error: ")
+    assert message in line
+
+
+def write_model(folder, weights=b"weights"):
+    folder.mkdir(parents=True)
+    auto_map = {"AutoModel": "modeling_x.X", "AutoTokenizer": "someone/else--tokenization_x.X"}
+    (folder / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "modeling_x.py").write_text("from .layers_x import Layer\n")
+    (folder / "layers_x.py").write_text("Layer = 1\n")
+
+
+def test_only_files_of_the_model_are_shareable(tmp_path):
+    folder = tmp_path / "model"
+    write_model(folder)
+    names = ["training_args.bin", "cram_state.json", "clock.json", "trainer_state.json", "my_script.py", ".env",
+             "optimizer.pt", "rng_state.pth", "pytorch_model.bin", "notes.png", "README.md", "predictions.zip"]  # fmt: skip
+    for name in names:
+        (folder / name).touch()
+    for name in ("checkpoint-5", ".saving", ".pushing", "cola", ".eval_results"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").touch()
+    (folder / ".eval_results" / "glue.yaml").touch()
+    assert shareable_files(folder) == [".eval_results/glue.yaml", "README.md", "config.json", "layers_x.py",
+                                       "model.safetensors", "modeling_x.py"]  # fmt: skip
+
+
+def test_command_survives_a_shell():
+    target = HubTarget("me/x", private=True, revision="dev")
+    assert shlex.split(target.command("/a folder/out"))[3:] == [
+        "/a folder/out", "--hub_model_id", "me/x", "--private", "--hub_revision", "dev",
+    ]  # fmt: skip
+
+
+def test_training_never_waits_and_the_newest_checkpoint_is_pushed_next(tmp_path, monkeypatch):
+    entered, release, uploads = threading.Event(), threading.Event(), queue.Queue()
+
+    def slow_push(folder, target, message, wait=None):
+        entered.set()
+        assert release.wait(10)
+        uploads.put((message, (folder / "model.safetensors").read_bytes()))
+        return "address"
+
+    monkeypatch.setattr(hub, "_create_repository", lambda target: "me/x")
+    monkeypatch.setattr(hub, "push_folder", slow_push)
+    pusher = HubPusher(tmp_path, HubTarget("me/x"))
+    for step in (1, 2, 3):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        write_model(checkpoint, weights=b"%d" % step)
+        pusher.push_checkpoint(checkpoint)
+        shutil.rmtree(checkpoint)  # rotated away while the upload hangs
+        assert entered.wait(10)
+    assert uploads.empty()
+    release.set()
+    assert uploads.get(timeout=10) == ("Training in progress, step 1", b"1")
+    assert uploads.get(timeout=10) == ("Training in progress, step 3", b"3")
+    write_model(tmp_path / "result", weights=b"result")
+    assert pusher.finish(tmp_path / "result", "End of training")
+    assert uploads.get(timeout=10) == ("End of training", b"result")
+    assert uploads.empty()
+    assert not (tmp_path / hub.PUSHING_NAME).exists()
+
+
+def test_unreadable_checkpoint_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(hub, "_create_repository", lambda target: "me/x")
+    pusher = HubPusher(tmp_path, HubTarget("me/x"))
+    pusher.push_checkpoint(tmp_path / "checkpoint-1")
+    assert "there is no folder" in caplog.text
+    monkeypatch.setattr(hub, "push_folder", lambda *args: (_ for _ in ()).throw(HubError("no way")))
+    assert not pusher.finish(tmp_path, "End of training")
+    assert caplog.records[-1].getMessage().startswith(f"{tmp_path} is not pushed to the Hub: no way. Push it with: ")
