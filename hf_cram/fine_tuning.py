@@ -1,0 +1,418 @@
+"""Fine-tune any sequence classifier on one task with one seed."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging as transformers_logging
+
+from .glue import GlueError, TaskData, encode
+from .hardware import bf16_trains_faster
+from .optimization import decayed_parameter_names
+
+logger = logging.getLogger(__name__)
+
+# Few different lengths: kernels are made for each shape on CPUs (oneDNN), and tensor cores want multiples of 8.
+PADDING_MULTIPLE = 8
+
+
+@dataclass
+class EncoderArguments:
+    """Which checkpoint is fine-tuned, and how its head is put on."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub repository that AutoModel loads."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Random weights of the same shape: the baseline without pretraining."}
+    )
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Tokens of an example; longer ones are cut (paper: 128)."}
+    )
+    dropout: float | None = field(
+        default=0.1,
+        metadata={"help": "All of the model's dropouts while fine-tuning (paper: 0.1); none: the model's."},
+    )
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the classifier reads, for models with classifier_pooling: cls or mean; none: the model's."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run modelling code that lies in the checkpoint (hf_cram's own needs no such)."},
+    )
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with the paper's protocol as default (section 5.1): 5 epochs of 16 examples, peak
+    learning rate 4e-5, cosine after 10 % of warm-up.
+    """
+
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples of a step on each device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples of an evaluation batch."})
+    num_train_epochs: float = field(
+        default=5.0, metadata={"help": "Passes over the task (the paper's rule: at most 5)."}
+    )
+    learning_rate: float = field(default=4e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "One of transformers' schedules."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or their share where below 1."})
+    weight_decay: float = field(default=0.01, metadata={"help": "On matrices and embeddings."})
+    layer_lr_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Learning rate of a layer as a fraction of the one above it; embeddings are the lowest layer."
+        },
+    )
+    head_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning rate of the new head in multiples of learning_rate."}
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bf16 autocast; default: whichever is faster for this model and task."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length pads least; random, sequential."}
+    )
+    save_strategy: SaveStrategy | str = field(default="no", metadata={"help": "Trainer checkpoints within a task."})
+    logging_strategy: IntervalStrategy | str = field(default="no", metadata={"help": "Trainer logs within a task."})
+    disable_tqdm: bool = field(
+        default=True, metadata={"help": "The bar over tasks and seeds stands for the Trainer's."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Unused here: examples hold inputs only."})
+
+    def __post_init__(self) -> None:
+        # The base class refuses bf16 on a CPU that was not asked for by use_cpu.
+        asked_for_bf16, self.bf16 = self.bf16, False
+        super().__post_init__()
+        self.bf16 = asked_for_bf16
+        if self.hub_token is not None:
+            raise ValueError("hub_token would end up in logs: set HF_TOKEN or log in instead")
+        for name in ("layer_lr_decay", "head_lr_multiplier"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    def with_seed(self, seed: int) -> "FineTuningArguments":
+        """A copy for one seed."""
+        arguments = copy.copy(self)
+        arguments.seed = arguments.data_seed = seed
+        arguments.push_to_hub = False  # results are pushed, once all are there
+        return arguments
+
+    def with_setting(self, learning_rate: float, batch_size: int, num_train_epochs: float) -> "FineTuningArguments":
+        """A copy for one point of a search."""
+        arguments = copy.copy(self)
+        arguments.learning_rate = learning_rate
+        arguments.per_device_train_batch_size = batch_size
+        arguments.num_train_epochs = num_train_epochs
+        return arguments
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What decides the scores, beside the model and the data."""
+        names = (
+            "learning_rate", "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
+            "weight_decay", "layer_lr_decay", "head_lr_multiplier", "adam_beta1", "adam_beta2", "adam_epsilon",
+            "max_grad_norm", "max_steps",
+        )  # fmt: skip
+        setting = {name: getattr(self, name) for name in names}
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        return {**setting, "lr_scheduler_type": schedule, "world_size": self.world_size}
+
+
+@dataclass
+class PairResult:
+    """One task with one seed: scores by column of the results, outputs of the test splits by file name."""
+
+    scores: dict[str, dict[str, float]]
+    test_outputs: dict[str, np.ndarray]
+    train_seconds: float
+    examples_per_second: float
+
+
+def fingerprint(encoder: EncoderArguments) -> str:
+    """A hash of what is fine-tuned: the settings of the encoder and, for a local folder, its weights and config."""
+    digest = hashlib.sha256(json.dumps(asdict(encoder), sort_keys=True).encode())
+    folder = Path(encoder.model_name_or_path)
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if path.name != "training_args.bin":
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises [`GlueError`] where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(encoder.model_name_or_path, trust_remote_code=encoder.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise GlueError(
+            f"model_name_or_path: no tokenizer loads from {encoder.model_name_or_path}: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]
+
+
+def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedModel:
+    """
+    The checkpoint with a new head for the task, or random weights of the same shape, in fp32.
+
+    Raises [`GlueError`] where the checkpoint or its class does not load.
+    """
+    labels = data.task.label_names
+    kwargs: dict[str, Any] = {
+        "num_labels": max(1, len(labels)),
+        "problem_type": "single_label_classification" if labels else "regression",
+        "trust_remote_code": encoder.trust_remote_code,
+    }
+    if labels:
+        kwargs["id2label"] = dict(enumerate(labels))
+        kwargs["label2id"] = {label: number for number, label in enumerate(labels)}
+    try:
+        config = AutoConfig.from_pretrained(encoder.model_name_or_path, **kwargs)
+        set_dropout(config, encoder.dropout)
+        if encoder.pooling is not None:
+            if not hasattr(config, "classifier_pooling"):
+                raise GlueError(f"pooling: {config.model_type} has no classifier_pooling; leave pooling out")
+            config.classifier_pooling = encoder.pooling
+        if encoder.from_scratch:
+            return AutoModelForSequenceClassification.from_config(
+                config, dtype=torch.float32, trust_remote_code=encoder.trust_remote_code
+            )
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            encoder.model_name_or_path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=encoder.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise GlueError(
+            f"model_name_or_path: {encoder.model_name_or_path} does not load as a sequence classifier: "
+            f"{first_line(error)}"
+        ) from error
+    missing = [name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")]
+    if missing:
+        logger.warning(
+            "%d weights of the encoder are not in %s and start at random, %s among them",
+            len(missing), encoder.model_name_or_path, missing[0],
+        )  # fmt: skip
+    return model
+
+
+def set_dropout(config: Any, dropout: float | None) -> None:
+    """Set every dropout of a configuration; one that is `None` follows another and stays."""
+    if dropout is not None:
+        for name, value in config.to_dict().items():
+            if "dropout" in name and isinstance(value, float | int) and not isinstance(value, bool):
+                setattr(config, name, dropout)
+
+
+def parameter_groups(
+    model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_lr_decay: float, head_lr_multiplier: float
+) -> list[dict[str, Any]]:
+    """
+    Groups of the optimiser by depth: layer `i` of `n` has `learning_rate * layer_lr_decay ** (n - 1 - i)`, what lies
+    before the layers one step of decay less, the head `learning_rate * head_lr_multiplier`.
+    """
+    decayed = set(decayed_parameter_names(model))
+    encoder = f"{model.base_model_prefix}."
+    numbers = {
+        name: int(match.group(1))
+        for name, _ in model.named_parameters()
+        if name.startswith(encoder) and (match := re.search(r"\.(\d+)\.", name))
+    }
+    layers = max(numbers.values(), default=-1) + 1
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith(encoder):
+            rate = learning_rate * head_lr_multiplier
+        elif name in numbers:
+            rate = learning_rate * layer_lr_decay ** (layers - 1 - numbers[name])
+        else:
+            below = "embed" in name
+            rate = learning_rate * (layer_lr_decay**layers if below else 1.0)
+        decay = weight_decay if name in decayed else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells after each step how much of the training it was."""
+
+    def __init__(self, advance: Callable[[float], None]):
+        self.advance = advance
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.advance(1.0 / state.max_steps)
+
+
+class OrderedEvaluationTrainer(Trainer):
+    """A Trainer that predicts in the order of the data set; grouping by length would shuffle evaluation as well."""
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
+
+
+@dataclass
+class EncodedTask:
+    """A task in token ids, encoded once for all seeds."""
+
+    data: TaskData
+    train: list[dict[str, Any]]
+    validation: dict[str, list[dict[str, Any]]]
+    test: dict[str, list[dict[str, Any]]]
+
+
+def encode_task(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, max_train_samples: int | None = None
+) -> EncodedTask:
+    """Encode every split; `max_train_samples` keeps a random part of training, the same for every model and seed."""
+    train = data.train
+    if max_train_samples is not None and max_train_samples < len(train):
+        train = train.shuffle(seed=0).select(range(max_train_samples))
+    return EncodedTask(
+        data,
+        encode(train, data.task, tokenizer, max_length),
+        {column: encode(split, data.task, tokenizer, max_length) for column, split in data.validation.items()},
+        {name: encode(split, data.task, tokenizer, max_length) for name, split in data.test.items()},
+    )
+
+
+class FineTuner:
+    """Trains and scores tasks with one encoder and one setting. A task is trained in the same precision for all seeds."""
+
+    def __init__(self, encoder: EncoderArguments, args: FineTuningArguments, tokenizer: PreTrainedTokenizerBase):
+        self.encoder, self.args, self.tokenizer = encoder, args, tokenizer
+        self._uses_bf16: dict[str, bool] = {}
+
+    def run(
+        self,
+        task: EncodedTask,
+        seed: int,
+        score: Callable[[np.ndarray, Sequence[Any]], dict[str, float]],
+        advance: Callable[[float], None] = lambda share: None,
+        save_to: Path | None = None,
+    ) -> PairResult:
+        """
+        Fine-tune on `task` with `seed` and score the last weights on its validation splits.
+
+        Args:
+            score: `(predictions, references) -> {metric: value}`; predictions are classes, or values of a regression.
+            advance: told the share of the training that each step was.
+            save_to: folder for the fine-tuned model.
+        """
+        args = self.args.with_seed(seed)
+        set_seed(seed)
+        with quiet_loading():
+            model = build_classifier(self.encoder, task.data)
+        model.to(args.device)  # type: ignore[arg-type]
+        collator = DataCollatorWithPadding(
+            self.tokenizer, pad_to_multiple_of=8 if args.device.type == "cuda" else None
+        )
+        self._set_precision(args, model, collator, task)
+        set_seed(seed)  # dropout and order must not depend on whether the precision was measured
+        trainer = OrderedEvaluationTrainer(
+            model,
+            args,
+            data_collator=collator,
+            train_dataset=task.train,
+            processing_class=self.tokenizer,
+            optimizers=(self._optimizer(model), None),
+            callbacks=[ProgressCallback(advance)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        started = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - started
+        scores = {
+            column: score(predict(trainer, split, task.data), [example["label"] for example in split])
+            for column, split in task.validation.items()
+        }
+        test_outputs = {name: predict(trainer, split, task.data) for name, split in task.test.items()}
+        if save_to is not None:
+            trainer.save_model(str(save_to))
+        return PairResult(scores, test_outputs, seconds, float(trainer.state.epoch or 0) * len(task.train) / seconds)
+
+    def _optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
+        args = self.args
+        groups = parameter_groups(
+            model, args.learning_rate, args.weight_decay, args.layer_lr_decay, args.head_lr_multiplier
+        )
+        betas = (args.adam_beta1, args.adam_beta2)
+        return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
+
+    def _set_precision(
+        self, args: FineTuningArguments, model: PreTrainedModel, collator: DataCollatorWithPadding, task: EncodedTask
+    ) -> None:
+        name = task.data.task.name
+        if args.bf16 is None and not args.fp16 and name not in self._uses_bf16:
+            by_length = sorted(task.train, key=lambda example: len(example["input_ids"]))
+            middle = max(0, len(by_length) // 2 - args.train_batch_size // 2)
+            batch = collator(by_length[middle : middle + args.train_batch_size])
+            batch = {key: value.to(args.device) for key, value in batch.items()}
+            self._uses_bf16[name] = bf16_trains_faster(model, batch)
+        args.bf16 = self._uses_bf16.get(name, False) if args.bf16 is None else args.bf16
+        args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+
+
+def predict(trainer: Trainer, examples: Sequence[dict[str, Any]], data: TaskData) -> np.ndarray:
+    """Classes (or values) of the examples, in their order; they go through the model sorted by length, padding least."""
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+    inputs = [{key: value for key, value in examples[index].items() if key != "label"} for index in order]
+    logits = trainer.predict(inputs).predictions  # type: ignore[arg-type]
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    outputs = logits[:, 0] if data.is_regression else logits.argmax(-1)
+    restored = np.empty_like(outputs)
+    restored[order] = outputs
+    return restored
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the bar and the table of new weights that every load prints: a new head is what is wanted here."""
+    verbosity = transformers_logging.get_verbosity()
+    shows_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shows_bar:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,310 @@
+"""The GLUE tasks: what they are, where their text comes from, how they are scored and averaged."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from transformers import PreTrainedTokenizerBase
+
+from .budget import did_you_mean
+from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS
+
+METRIC_PATH = str(Path(__file__).with_name("glue_metric.py"))
+GLUE_NAME = "nyu-mll/glue"
+EXTENSIONS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+class GlueError(ValueError):
+    """A task, a file or a column that is not there, in one line."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One task: `headline` is the metric that enters the average, `label_names` is empty for a regression.
+
+    `validation_splits` maps the columns of the results to splits; `test_splits` maps the file names of a submission to
+    splits. `submitted_labels` are written into a submission instead of the class numbers.
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    headline: str
+    label_names: tuple[str, ...]
+    validation_splits: Mapping[str, str]
+    test_splits: Mapping[str, str] = field(default_factory=dict)
+    submitted_labels: tuple[str, ...] = ()
+
+
+def _task(name: str, text_columns: str, label_names: str, file_name: str, **kwargs: Any) -> Task:
+    splits = {"validation_splits": {name: "validation"}, "test_splits": {file_name: "test"}, **kwargs}
+    return Task(name, tuple(text_columns.split()), HEADLINE_METRICS[name], tuple(label_names.split()), **splits)
+
+
+PAIR = "sentence1 sentence2"
+ENTAILMENT = ("entailment", "not_entailment")
+MNLI_LABELS = ("entailment", "neutral", "contradiction")
+TASKS = {
+    task.name: task
+    for task in (
+        _task("cola", "sentence", "unacceptable acceptable", "CoLA"),
+        _task("sst2", "sentence", "negative positive", "SST-2"),
+        _task("mrpc", PAIR, "not_equivalent equivalent", "MRPC"),
+        _task("stsb", PAIR, "", "STS-B"),
+        _task("qqp", "question1 question2", "not_duplicate duplicate", "QQP"),
+        _task(
+            "mnli",
+            "premise hypothesis",
+            " ".join(MNLI_LABELS),
+            "MNLI-m",
+            validation_splits={"mnli": "validation_matched", "mnli_mismatched": "validation_mismatched"},
+            test_splits={"MNLI-m": "test_matched", "MNLI-mm": "test_mismatched"},
+            submitted_labels=MNLI_LABELS,
+        ),
+        _task("qnli", "question sentence", " ".join(ENTAILMENT), "QNLI", submitted_labels=ENTAILMENT),
+        _task("rte", PAIR, " ".join(ENTAILMENT), "RTE", submitted_labels=ENTAILMENT),
+        _task("wnli", PAIR, "not_entailment entailment", "WNLI"),
+    )
+}
+# The columns of the average: MNLI counts twice, WNLI not at all.
+COLUMNS = tuple(GLUE_COLUMNS)
+
+
+@dataclass
+class TaskData:
+    """The splits of a task: `validation` by column of the results, `test` by file name of a submission."""
+
+    task: Task
+    train: Dataset
+    validation: dict[str, Dataset]
+    test: dict[str, Dataset]
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.task.label_names
+
+
+def choose_tasks(names: str | None, glue_data: str | None) -> list[Task]:
+    """
+    The tasks of a comma-separated list; without one, all that lie in `glue_data` or, on the Hub, all nine.
+
+    Raises [`GlueError`] for an unknown name, naming the nearest, and for a folder without tasks.
+    """
+    if glue_data is not None and not Path(glue_data).is_dir():
+        raise GlueError(f"glue_data: there is no folder {glue_data}")
+    if names:
+        chosen = [name.strip() for name in names.split(",") if name.strip()]
+        for name in chosen:
+            if name not in TASKS:
+                raise GlueError(f"tasks: unknown task {name!r}{did_you_mean(name, TASKS)}")
+        return [TASKS[name] for name in dict.fromkeys(chosen)]
+    tasks = [task for task in TASKS.values() if glue_data is None or (Path(glue_data) / task.name).is_dir()]
+    if not tasks:
+        raise GlueError(f"glue_data: {glue_data} holds no folder of a task ({', '.join(TASKS)})")
+    return tasks
+
+
+def load_glue_task(task: Task, glue_data: str | None = None) -> TaskData:
+    """
+    A task's splits from a folder laid out like the data set `nyu-mll/glue` (`<task>/<split>-*.parquet`), or from it.
+
+    A test split may be absent. Raises [`GlueError`] where train or validation is, or a column.
+    """
+    if glue_data is None:
+        try:
+            splits = load_dataset(GLUE_NAME, task.name)
+        except (DatasetNotFoundError, ConnectionError, OSError) as error:
+            raise GlueError(
+                f"{GLUE_NAME} ({task.name}) cannot be loaded: {' '.join(str(error).split())}; "
+                "give a folder laid out like it with --glue_data"
+            ) from error
+    else:
+        folder = Path(glue_data) / task.name
+        files: dict[str, list[str]] = {}
+        for path in sorted(folder.glob("*.parquet")):
+            files.setdefault(path.name.split("-")[0], []).append(str(path))
+        if not files:
+            raise GlueError(f"glue_data: no <split>-*.parquet in {folder}")
+        splits = load_dataset("parquet", data_files=files)
+    return _pick_splits(task, splits, str(glue_data or GLUE_NAME))
+
+
+def _pick_splits(task: Task, splits: DatasetDict, source: str) -> TaskData:
+    for split in ("train", *task.validation_splits.values()):
+        if split not in splits:
+            raise GlueError(f"{task.name}: {source} has no split {split!r} (it has {', '.join(splits)})")
+        for column in (*task.text_columns, "label"):
+            if column not in splits[split].column_names:
+                raise GlueError(
+                    f"{task.name}: {source}, {split}, has no column {column!r} "
+                    f"(it has {', '.join(splits[split].column_names)})"
+                )
+    return TaskData(
+        task,
+        splits["train"],
+        {column: splits[split] for column, split in task.validation_splits.items()},
+        {name: splits[split] for name, split in task.test_splits.items() if split in splits},
+    )
+
+
+def load_own_task(
+    train_file: str,
+    validation_file: str,
+    test_file: str | None = None,
+    text_columns: Sequence[str] = (),
+    label_column: str = "label",
+    name: str | None = None,
+) -> TaskData:
+    """
+    A task from csv, json(l) or parquet files: floats in `label_column` make a regression, all else classes.
+
+    Without `text_columns`, the first one or two columns of text other than the label are read.
+    """
+    files = {"train": train_file, "validation": validation_file, **({"test": test_file} if test_file else {})}
+    splits = DatasetDict({split: _load_file(path) for split, path in files.items()})
+    train = splits["train"]
+    texts = tuple(text_columns) or tuple(
+        column
+        for column, feature in train.features.items()
+        if getattr(feature, "dtype", "") in ("string", "large_string") and column != label_column
+    )
+    if not 1 <= len(texts) <= 2:
+        raise GlueError(
+            f"{train_file}: name the one or two columns of text with --text_columns (it has "
+            f"{', '.join(train.column_names)})"
+        )
+    for split, dataset in splits.items():
+        for column in (*texts, *(() if split == "test" else (label_column,))):
+            if column not in dataset.column_names:
+                raise GlueError(
+                    f"{files[split]}: no column {column!r} (it has {', '.join(dataset.column_names)}): "
+                    "see --text_columns and --label_column"
+                )
+    is_regression = train.features[label_column].dtype.startswith("float")
+    label_names: tuple[str, ...] = ()
+    if not is_regression:
+        label_names, splits = _number_labels(splits, label_column, files)
+    elif label_column != "label":
+        splits = DatasetDict(
+            {
+                split: data.rename_column(label_column, "label") if label_column in data.column_names else data
+                for split, data in splits.items()
+            }
+        )
+    name = name or Path(train_file).stem
+    headline = "pearson" if is_regression else "accuracy"
+    task = Task(name, texts, headline, label_names, {name: "validation"}, {name: "test"}, label_names)
+    return _pick_splits(task, splits, train_file)
+
+
+def _load_file(path: str) -> Dataset:
+    if not Path(path).is_file():
+        raise GlueError(f"There is no file {path}")
+    kind = EXTENSIONS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise GlueError(f"{path}: cannot tell its format; supported: {', '.join(EXTENSIONS)}")
+    try:
+        dataset = load_dataset(kind, data_files=path, split="train")
+    except (DatasetsError, ValueError, OSError) as error:
+        raise GlueError(
+            f"{path} cannot be read as {kind}: {' '.join(str(error.__cause__ or error).split())}"
+        ) from error
+    if len(dataset) == 0:
+        raise GlueError(f"{path} holds no rows")
+    return dataset
+
+
+def _number_labels(
+    splits: DatasetDict, label_column: str, files: Mapping[str, str]
+) -> tuple[tuple[str, ...], DatasetDict]:
+    """Class names in order (of the numbers or the alphabet), and the splits with class numbers in `label`."""
+    feature = splits["train"].features[label_column]
+    values = sorted(set(splits["train"][label_column]), key=lambda value: (value is None, value))
+    if None in values:
+        raise GlueError(f"{files['train']}: rows without a label in column {label_column!r}")
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else tuple(str(value) for value in values)
+    numbers = {
+        value: number for number, value in enumerate(range(len(names)) if isinstance(feature, ClassLabel) else values)
+    }
+    if len(names) < 2:
+        raise GlueError(f"{files['train']}: all rows have the label {names[0]!r}: nothing to learn")
+    numbered = {}
+    for split, dataset in splits.items():
+        if label_column in dataset.column_names:
+            labels = dataset[label_column]
+            unknown = {
+                value for value in labels if value not in numbers and not (split == "test" and value in (-1, None))
+            }
+            if unknown:
+                raise GlueError(f"{files[split]}: label {min(map(str, unknown))!r} does not occur in training")
+            dataset = dataset.remove_columns(label_column).add_column(
+                "label", [numbers.get(value, -1) for value in labels]
+            )
+        numbered[split] = dataset
+    return names, DatasetDict(numbered)
+
+
+def encode(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
+    """One dict of the model's inputs an example, cut to `max_length` tokens, with its `label` where there is one."""
+    texts = [[text if text is not None else "" for text in dataset[column]] for column in task.text_columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    columns = {key: encoded[key] for key in encoded}
+    if "label" in dataset.column_names:
+        columns["label"] = list(dataset["label"])
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def load_metric(name: str | None, task: Task) -> tuple[Any, float]:
+    """
+    An `evaluate` metric and the factor to per cent (1 for a metric of somebody else, whose unit is not known).
+
+    Without a name it is this package's, in the task's configuration.
+    """
+    if name is None:
+        configuration = task.name if task.name in TASKS else ("classification" if task.label_names else "regression")
+        return evaluate.load(METRIC_PATH, configuration), 100.0
+    try:
+        return evaluate.load(name), 1.0
+    except (FileNotFoundError, ConnectionError, OSError) as error:
+        raise GlueError(f"metric: {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def aggregate(scores: Mapping[str, Mapping[int, Mapping[str, float]]], headlines: Mapping[str, str]) -> dict[str, Any]:
+    """
+    Medians over seeds, and the paper's average (section 5.1): the mean of the headline medians of its nine columns.
+
+    Args:
+        scores: column -> seed -> metric -> value, in per cent.
+        headlines: column -> the metric that stands for it.
+
+    Returns `{"tasks": {column: {metric: {"median", "values"}}}, "average", "columns", "seeds"}`. `columns` are those
+    in the average: fewer than nine for a partial set, those that were run where none is GLUE's, none where the
+    headline metrics were not computed.
+    """
+    tasks: dict[str, dict[str, dict[str, Any]]] = {
+        column: {
+            metric: {
+                "median": statistics.median(values[metric] for values in by_seed.values()),
+                "values": [by_seed[seed][metric] for seed in sorted(by_seed)],
+            }
+            for metric in next(iter(by_seed.values()))
+        }
+        for column, by_seed in scores.items()
+    }
+    averaged = [column for column in tasks if headlines[column] in tasks[column]]
+    columns = [column for column in COLUMNS if column in averaged] or [
+        column for column in averaged if column not in TASKS
+    ]
+    average = statistics.fmean(tasks[column][headlines[column]]["median"] for column in columns) if columns else None
+    seeds = sorted({seed for by_seed in scores.values() for seed in by_seed})
+    return {"tasks": tasks, "average": average, "columns": columns, "seeds": seeds}
+
+
+def headline_metrics(tasks: Sequence[Task]) -> dict[str, str]:
+    """Column -> headline metric, for all columns of the tasks."""
+    return {column: task.headline for task in tasks for column in task.validation_splits}

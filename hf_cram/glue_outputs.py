@@ -1,0 +1,162 @@
+"""What a GLUE run leaves behind: a line for every finished pair, results, table, chart, submission."""
+
+import csv
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .glue import COLUMNS, Task, headline_metrics
+from .paper_results import GLUE_COLUMNS, PAPER_GLUE_ROWS
+
+PAIRS_NAME = "glue_runs.jsonl"
+RESULTS_NAME = "glue_results.json"
+CHART_NAME = "glue_results.png"
+SUBMISSION_NAME = "glue_submission.zip"
+COLUMN_TITLES = {**GLUE_COLUMNS, "wnli": "WNLI"}
+
+
+class PairLog:
+    """
+    The finished (task, seed) pairs of one setting, as JSON lines that other settings may share.
+
+    A line that a kill has cut short is dropped when the file is opened again.
+    """
+
+    def __init__(self, path: Path, setting_id: str, is_writer: bool = True):
+        self.path, self.setting_id, self.is_writer = path, setting_id, is_writer
+        self.lines = [line for line in _whole_lines(path) if line["setting_id"] == setting_id]
+        if is_writer and path.exists() and not path.read_bytes().endswith(b"\n"):
+            kept = "".join(json.dumps(line) + "\n" for line in _whole_lines(path))
+            _write_whole(path, kept.encode())
+
+    def find(self, task: str, seed: int) -> dict[str, Any] | None:
+        """The line of a finished pair."""
+        return next((line for line in self.lines if (line["task"], line["seed"]) == (task, seed)), None)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a finished pair; it is on the disk when this returns."""
+        line = {"setting_id": self.setting_id, **line}
+        self.lines.append(line)
+        if not self.is_writer:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue  # cut short by a kill
+    return lines
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def results_table(results: Mapping[str, Any], tasks: Sequence[Task]) -> str:
+    """A line a column and metric with the median and all seeds, the average at the end; for the terminal."""
+    headlines = headline_metrics(tasks)
+    lines = [f"{'task':<16}{'metric':<22}{'median':>8}   seeds"]
+    for column, metrics in results["tasks"].items():
+        for metric, entry in metrics.items():
+            mark = "*" if metric == headlines.get(column) else " "
+            values = " ".join(f"{value:.1f}" for value in entry["values"])
+            lines.append(
+                f"{COLUMN_TITLES.get(column, column):<16}{metric + mark:<22}{entry['median']:>8.1f}   {values}"
+            )
+    if results["average"] is not None:
+        lines.append(f"{'average':<16}{average_note(results):<22}{results['average']:>8.1f}   (* enters it)")
+    return "\n".join(lines)
+
+
+def average_note(results: Mapping[str, Any]) -> str:
+    """ "" for the paper's nine columns, else how many of them the average is over."""
+    columns = results["columns"]
+    if set(columns) <= set(COLUMNS):
+        return "" if len(columns) == len(COLUMNS) else f"{len(columns)} of {len(COLUMNS)} columns"
+    return f"{len(columns)} columns"
+
+
+def headline_entry(results: Mapping[str, Any], column: str, headline: str) -> dict[str, Any]:
+    """Median and values of a column's headline metric, or of the first where another metric was asked for."""
+    metrics = results["tasks"][column]
+    return metrics.get(headline, next(iter(metrics.values())))
+
+
+def draw_chart(results: Mapping[str, Any], tasks: Sequence[Task], name: str, path: Path) -> None:
+    """Bars of each column's median beside the paper's BERT-base, with and without pretraining, as a PNG."""
+    from matplotlib.figure import Figure  # a second of start-up that only this needs
+
+    headlines = headline_metrics(tasks)
+    columns = [column for column in (*COLUMNS, "wnli") if column in results["tasks"]]
+    columns += [column for column in results["tasks"] if column not in columns]
+    rows: dict[str, dict[str, Any]] = {
+        name: {column: headline_entry(results, column, headlines[column])["median"] for column in columns},
+        **{title: row for title, row in PAPER_GLUE_ROWS.items() if title.startswith("BERT-base")},
+    }
+    figure = Figure(figsize=(2 + 1.1 * len(columns), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(rows)
+    for number, (row_name, row) in enumerate(rows.items()):
+        places = [place for place, column in enumerate(columns) if row.get(column) is not None]
+        heights = [row[columns[place]] for place in places]
+        bars = axes.bar([place + (number - 1) * width for place in places], heights, width, label=row_name)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+    axes.set_xticks(range(len(columns)), [COLUMN_TITLES.get(column, column) for column in columns])
+    axes.set_ylabel("score (per cent)")
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    _write_whole(path, buffer.getvalue())
+
+
+def submission_lines(task: Task, outputs: np.ndarray) -> list[tuple[int, str]]:
+    """Index and prediction of each test example, as the GLUE benchmark's server reads them."""
+    if not task.label_names:
+        return [(index, f"{min(5.0, max(0.0, float(value))):.3f}") for index, value in enumerate(outputs)]
+    names = task.submitted_labels or tuple(str(number) for number in range(len(task.label_names)))
+    return [(index, names[int(value)]) for index, value in enumerate(outputs)]
+
+
+def prediction_path(folder: Path, setting_id: str, file_name: str, seed: int) -> Path:
+    """Where the test predictions of a finished pair are kept until the submission is made."""
+    return folder / "predictions" / setting_id / f"{file_name}.seed-{seed}.tsv"
+
+
+def write_predictions(path: Path, task: Task, outputs: np.ndarray) -> None:
+    """A tab-separated file with the header `index prediction`."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerows([("index", "prediction"), *submission_lines(task, outputs)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, text.getvalue().encode())
+
+
+def write_submission(path: Path, files: Mapping[str, Path]) -> None:
+    """The zip that the GLUE benchmark takes: one `<file name>.tsv` for each test split."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, source in files.items():
+            archive.write(source, f"{name}.tsv")
+    _write_whole(path, buffer.getvalue())
+
+
+def median_seed(by_seed: Mapping[int, float]) -> int:
+    """The seed whose score is the (lower) median: its predictions stand for the model."""
+    ordered = sorted(by_seed, key=lambda seed: (by_seed[seed], seed))
+    return ordered[(len(ordered) - 1) // 2]

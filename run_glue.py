@@ -1,0 +1,66 @@
+"""
+Fine-tune and score a checkpoint on GLUE by the paper's rules, or on your own csv, json or parquet files.
+
+    python run_glue.py training_args/glue.yaml --model_name_or_path MODEL [--glue_data DIR] [--tasks cola,rte]
+    python run_glue.py --model_name_or_path MODEL --train_file train.csv --validation_file dev.csv
+
+The recipe is a YAML file of the fields below; the command line overrides it.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import datasets
+
+import hf_cram  # noqa: F401 registers the crammed BERT with the Auto classes
+from hf_cram.fine_tuning import EncoderArguments, FineTuningArguments
+from hf_cram.glue import GlueError
+from hf_cram.glue_outputs import RESULTS_NAME, results_table
+from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
+from hf_cram.hub import HubTarget, push_or_warn
+from hf_cram.launching import start_missing_processes, use_all_cores
+from hf_cram.model_card import ModelCardError
+from hf_cram.recipes import RecipeParser
+
+logger = logging.getLogger("hf_cram")
+
+
+def main() -> None:
+    parser = RecipeParser((EncoderArguments, GlueArguments, FineTuningArguments))
+    encoder, glue, training_args = parser.parse(sys.argv[1:])
+    is_main = training_args.process_index == 0
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    datasets.disable_progress_bars()  # one bar, over tasks and seeds
+    if training_args.device.type == "cpu":
+        use_all_cores(os.environ)
+
+    run = GlueRun(encoder, glue, training_args)
+    chosen = run.search(training_args)
+    results = run.run(chosen, parse_seeds("seeds", glue.seeds))
+    if is_main:
+        run.write(results)
+        print(results_table(results, run.tasks))
+        print(run.output_dir / RESULTS_NAME)
+        if training_args.push_to_hub:
+            push(run.output_dir, encoder, training_args)
+
+
+def push(output_dir: Path, encoder: EncoderArguments, training_args: FineTuningArguments) -> None:
+    """Push the model with its results and its card."""
+    folder = Path(encoder.model_name_or_path)
+    if encoder.from_scratch or not folder.is_dir():
+        logger.warning("Nothing is pushed: the results in %s are not those of a local folder's model", output_dir)
+        return
+    target = HubTarget(training_args.hub_model_id or folder.resolve().name, training_args.hub_private_repo)
+    push_or_warn(folder, target, "Add GLUE results")
+
+
+if __name__ == "__main__":
+    try:
+        start_missing_processes()
+        main()
+    except (GlueError, ModelCardError, ValueError) as error:
+        sys.exit(f"run_glue.py: error: {error}")

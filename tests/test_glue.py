@@ -1,0 +1,454 @@
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import datasets
+import evaluate
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, SHARED, VOCAB_SIZE
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+
+import run_glue
+from hf_cram import CrammedBertForMaskedLM
+from hf_cram.fine_tuning import EncoderArguments, fingerprint, parameter_groups, set_dropout
+from hf_cram.glue import METRIC_PATH, TASKS, GlueError, aggregate, choose_tasks, headline_metrics, load_own_task
+from hf_cram.glue_run import parse_seeds
+from hf_cram.paper_results import PAPER_GLUE_ROWS
+
+WORDS = VOCAB_SIZE - 5
+
+
+def sentences(count, seed):
+    """Sentences of 3 to 9 words, all from the first half of the vocabulary (label 0) or from the second (label 1)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, count).tolist()
+    rows = [rng.integers(0, WORDS // 2, rng.integers(3, 10)) + label * (WORDS // 2) for label in labels]
+    return [" ".join(f"w{word}" for word in row) for row in rows], labels
+
+
+def write_task(folder, task, sizes, labels=2):
+    """Synthetic splits in the layout of nyu-mll/glue."""
+    task = TASKS[task]
+    for number, (split, count) in enumerate(sizes.items()):
+        texts, classes = sentences(count, number)
+        columns = dict.fromkeys(task.text_columns, texts)
+        if not task.label_names:
+            columns["label"] = [5.0 * value for value in classes]
+        elif split.startswith("test"):
+            columns["label"] = [-1] * count
+        else:
+            columns["label"] = [value * (labels - 1) for value in classes]
+        path = folder / task.name / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({**columns, "idx": list(range(count))}).to_parquet(path)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models lose time with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def glue_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glue")
+    write_task(folder, "sst2", {"train": 256, "validation": 64, "test": 40})
+    write_task(folder, "stsb", {"train": 64, "validation": 32})
+    splits = ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    write_task(folder, "mnli", {"train": 48, **dict.fromkeys(splits, 24)}, labels=3)
+    write_task(folder, "wnli", {"train": 16, "validation": 16})
+    return folder
+
+
+@pytest.fixture
+def model_folder(tiny_config, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+FAST = ["--learning_rate", "3e-3", "--num_train_epochs", "3", "--bf16", "false", "--dropout", "0"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *map(str, arguments)])
+    run_glue.main()
+
+
+def results_of(folder):
+    return json.loads((folder / "glue_results.json").read_text())
+
+
+# ---- Metrics and averages ----
+
+
+def test_metrics_are_those_of_the_benchmark():
+    def compute(configuration, predictions, references):
+        return evaluate.load(METRIC_PATH, configuration).compute(predictions=predictions, references=references)
+
+    assert compute("sst2", [1, 0, 1, 1], [1, 0, 0, 1]) == {"accuracy": 0.75}
+    # 2 hits, 1 false alarm, no miss
+    assert compute("mrpc", [1, 0, 1, 1], [1, 0, 0, 1]) == {"accuracy": 0.75, "f1": 0.8}
+    # (2 * 1 - 1 * 0) / sqrt(3 * 2 * 2 * 1)
+    assert compute("cola", [1, 0, 1, 1], [1, 0, 0, 1])["matthews_correlation"] == pytest.approx(2 / 12**0.5)
+    assert compute("stsb", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx({"pearson": 1.0, "spearmanr": 1.0})
+    assert compute("stsb", [1.0, 2.0, 4.0], [1.0, 8.0, 64.0])["spearmanr"] == pytest.approx(1.0)
+    assert compute("stsb", [1.0, 1.0, 1.0], [2.0, 4.0, 6.0]) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert compute("classification", [0, 2, 2], [0, 1, 2])["f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+    with pytest.raises(ValueError, match="Unknown configuration 'sst'"):
+        compute("sst", [1], [1])
+
+
+def test_the_average_follows_the_papers_rule():
+    row = PAPER_GLUE_ROWS["BERT-base, fully trained"]
+    headlines = headline_metrics(list(TASKS.values()))
+    scores = {
+        column: {
+            seed: {metric: row[column] + offset, "other": 0.0} for seed, offset in ((1, -3.0), (2, 0.0), (3, 1.0))
+        }
+        for column, metric in headlines.items()
+        if column in row
+    }
+    scores["wnli"] = {1: {"accuracy": 0.0}}
+    results = aggregate(scores, headlines)
+    assert results["average"] == pytest.approx(row["average"], abs=0.05)  # medians of seeds, MNLI twice, no WNLI
+    assert len(results["columns"]) == 9
+    assert results["seeds"] == [1, 2, 3]
+    assert results["tasks"]["stsb"]["pearson"]["values"] == pytest.approx([83.7, 86.7, 87.7])
+    partial = aggregate({"rte": {1: {"accuracy": 60.0}}, "cola": {1: {"matthews_correlation": 40.0}}}, headlines)
+    assert (partial["average"], partial["columns"]) == (50.0, ["rte", "cola"])
+    assert aggregate({"wnli": {1: {"accuracy": 60.0}}}, headlines)["average"] is None
+
+
+# ---- The program ----
+
+
+def test_all_outputs_of_a_run(monkeypatch, capsys, glue_data, model_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST]
+    run(monkeypatch, *arguments, "--tasks", "sst2,stsb,mnli,wnli", "--seeds", "2")
+    results = results_of(out)
+    assert set(results["tasks"]) == {"sst2", "stsb", "mnli", "mnli_mismatched", "wnli"}
+    assert results["columns"] == ["mnli", "mnli_mismatched", "sst2", "stsb"]
+    assert results["seeds"] == [1, 2]
+    accuracy = results["tasks"]["sst2"]["accuracy"]
+    assert accuracy["median"] == np.median(accuracy["values"])
+    assert accuracy["median"] > 85  # the task can be learned
+    assert results["setting"]["learning_rate"] == 3e-3
+    assert (out / "glue_results.png").read_bytes().startswith(b"\x89PNG")
+
+    printed = capsys.readouterr().out
+    assert "4 of 9 columns" in printed
+    assert f"{accuracy['median']:.1f}" in printed
+
+    with zipfile.ZipFile(out / "glue_submission.zip") as archive:
+        assert sorted(archive.namelist()) == ["MNLI-m.tsv", "MNLI-mm.tsv", "SST-2.tsv"]
+        table = {
+            name: list(csv.reader(io.TextIOWrapper(archive.open(name)), delimiter="\t")) for name in archive.namelist()
+        }
+    assert table["SST-2.tsv"][0] == ["index", "prediction"]
+    assert [row[0] for row in table["SST-2.tsv"][1:]] == [str(index) for index in range(40)]
+    # Predictions stand in the order of the test split, although it was read sorted by length.
+    expected = sentences(40, 2)[1]
+    agreement = np.mean([int(row[1]) == label for row, label in zip(table["SST-2.tsv"][1:], expected, strict=True)])
+    assert agreement > 0.8
+    assert {row[1] for row in table["MNLI-m.tsv"][1:]} <= {"entailment", "neutral", "contradiction"}
+
+
+def test_a_run_goes_on_with_the_missing_pairs(monkeypatch, glue_data, model_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST]
+    arguments += ["--tasks", "stsb,wnli"]
+    run(monkeypatch, *arguments, "--seeds", "3")
+    log = out / "glue_runs.jsonl"
+    whole, results = log.read_text().splitlines(), results_of(out)
+    assert [(json.loads(line)["task"], json.loads(line)["seed"]) for line in whole] == [
+        (task, seed) for task in ("stsb", "wnli") for seed in (1, 2, 3)
+    ]
+    # As a kill leaves it: the fifth line cut short.
+    log.write_text("\n".join(whole[:4]) + "\n" + whole[4][:50])
+    run(monkeypatch, *arguments, "--seeds", "3")
+    again = log.read_text().splitlines()
+    assert again[:4] == whole[:4]  # not trained again: the seconds are the same
+    assert len(again) == 6
+    assert results_of(out)["tasks"] == results["tasks"]  # a seed decides the scores
+    # Another setting does not take them over.
+    run(monkeypatch, *arguments, "--seeds", "1,", "--learning_rate", "1e-3")
+    assert len(log.read_text().splitlines()) == 8
+    assert results_of(out)["seeds"] == [1]
+
+
+def test_from_scratch_is_a_run_of_its_own(monkeypatch, glue_data, model_folder):
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--tasks", "wnli", "--seeds", "1"]
+    run(monkeypatch, *arguments, *FAST)
+    run(monkeypatch, *arguments, *FAST, "--from_scratch", "true")
+    assert not results_of(model_folder)["from_scratch"]
+    scratch = model_folder.with_name("model-from-scratch")
+    assert results_of(scratch)["from_scratch"]
+    assert results_of(scratch)["setting_id"] != results_of(model_folder)["setting_id"]
+
+
+def test_the_search_picks_one_setting_for_all_tasks(monkeypatch, glue_data, model_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST]
+    run(
+        monkeypatch, *arguments, "--tasks", "sst2,stsb", "--seeds", "2", "--search_learning_rate", "1e-7", "3e-3",
+        "--search_batch_size", "16", "64",
+    )  # fmt: skip
+    results = results_of(out)
+    assert results["setting"]["learning_rate"] == 3e-3
+    lines = [json.loads(line) for line in (out / "glue_runs.jsonl").read_text().splitlines()]
+    tried = {}
+    for line in lines:
+        score = line["scores"][line["task"]][TASKS[line["task"]].headline]
+        setting = (line["setting"]["learning_rate"], line["setting"]["per_device_train_batch_size"])
+        if line["seed"] == 1:
+            tried.setdefault(setting, []).append(score)
+    assert len(tried) == 4
+    best = max(tried, key=lambda setting: sum(tried[setting]))
+    assert results["setting"]["per_device_train_batch_size"] == best[1]
+    assert len(lines) == 4 * 2 + 2  # the second seed of both tasks; the first was run in the search
+
+
+def test_other_architectures_are_scored_by_the_same_command(monkeypatch, glue_data, tokenizer, tmp_path):
+    folder = tmp_path / "bert"
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    out = tmp_path / "out"
+    run(
+        monkeypatch, "--model_name_or_path", folder, "--glue_data", glue_data, "--output_dir", out, *FAST, "--tasks",
+        "stsb", "--seeds", "1",
+    )  # fmt: skip
+    assert -100 <= results_of(out)["tasks"]["stsb"]["pearson"]["median"] <= 100
+
+
+@pytest.mark.parametrize("extension", ["csv", "json", "parquet"])
+def test_own_data(monkeypatch, model_folder, tmp_path, extension):
+    files = {}
+    for split, (count, seed) in {"train": (192, 0), "validation": (48, 1), "test": (16, 2)}.items():
+        texts, labels = sentences(count, seed)
+        columns = {"headline": texts, "topic": [("sport", "culture")[label] for label in labels]}
+        if split == "test":
+            del columns["topic"]
+        data = datasets.Dataset.from_dict(columns)
+        files[split] = tmp_path / f"{split}.{extension}"
+        {"csv": data.to_csv, "json": data.to_json, "parquet": data.to_parquet}[extension](files[split])
+    out = tmp_path / "out"
+    run(
+        monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *FAST, "--num_train_epochs", "8",
+        "--train_file", files["train"], "--validation_file", files["validation"], "--test_file", files["test"],
+        "--label_column", "topic", "--task_name", "news", "--seeds", "1",
+    )  # fmt: skip
+    results = results_of(out)
+    assert results["columns"] == ["news"]
+    assert results["tasks"]["news"]["accuracy"]["median"] > 80
+    # The fine-tuned model is there to be used, with the names of the classes.
+    model = AutoModelForSequenceClassification.from_pretrained(out / "news")
+    assert model.config.label2id == {"culture": 0, "sport": 1}
+    predictions = (out / "predictions" / results["setting_id"] / "news.seed-1.tsv").read_text().splitlines()
+    assert {line.split("\t")[1] for line in predictions[1:]} <= {"culture", "sport"}
+
+
+def test_floats_make_a_regression(tmp_path):
+    texts, labels = sentences(8, 0)
+    for name in ("train", "dev"):
+        datasets.Dataset.from_dict({"a": texts, "b": texts, "label": [float(x) for x in labels]}).to_csv(
+            tmp_path / f"{name}.csv"
+        )
+    data = load_own_task(str(tmp_path / "train.csv"), str(tmp_path / "dev.csv"))
+    assert data.is_regression
+    assert data.task.text_columns == ("a", "b")
+    assert data.task.headline == "pearson"
+
+
+def test_another_metric_of_evaluate(monkeypatch, glue_data, model_folder, tmp_path):
+    metric = tmp_path / "hits.py"
+    metric.write_text(
+        "import datasets\nimport evaluate\n\n"
+        "class Hits(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        value = datasets.Value('int64')\n"
+        "        features = datasets.Features({'predictions': value, 'references': value})\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='', features=features)\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'hits': sum(a == b for a, b in zip(predictions, references))}\n"
+    )
+    out = tmp_path / "out"
+    run(
+        monkeypatch, "--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST,
+        "--tasks", "sst2", "--seeds", "1", "--metric", metric,
+    )  # fmt: skip
+    assert 0 <= results_of(out)["tasks"]["sst2"]["hits"]["median"] <= 64
+    assert results_of(out)["tasks"]["sst2"]["hits"]["median"] % 1 == 0
+
+
+# ---- Mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [("cola,sst", "unknown task 'sst'; did you mean 'sst2'"), ("cola", "no <split>-.*cola")],
+)
+def test_unknown_and_absent_tasks(monkeypatch, glue_data, model_folder, tasks, message):
+    with pytest.raises(GlueError, match=message):
+        run(monkeypatch, "--model_name_or_path", model_folder, "--glue_data", glue_data, "--tasks", tasks)
+
+
+def test_tasks_default_to_those_that_are_there(glue_data, tmp_path):
+    assert [task.name for task in choose_tasks(None, str(glue_data))] == ["sst2", "stsb", "mnli", "wnli"]
+    assert len(choose_tasks(None, None)) == 9
+    with pytest.raises(GlueError, match="holds no folder of a task"):
+        choose_tasks(None, str(tmp_path))
+    with pytest.raises(GlueError, match="there is no folder"):
+        choose_tasks(None, str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        ({"text": ["a", "b"], "label": ["x", "y"]}, {"text": ["a"], "label": ["z"]}, "dev.csv: label 'z' does not occur"),
+        ({"text": ["a", "b"], "label": ["x", "x"]}, {"text": ["a"], "label": ["x"]}, "all rows have the label 'x'"),
+        ({"text": ["a", "b"], "class": [0, 1]}, {"text": ["a"], "class": [0]}, "train.csv: no column 'label'"),
+        ({"n": [1, 2], "label": [0, 1]}, {"n": [1], "label": [0]}, "--text_columns"),
+    ],
+)  # fmt: skip
+def test_own_data_that_cannot_be_used(tmp_path, train, validation, message):
+    for name, columns in (("train", train), ("dev", validation)):
+        datasets.Dataset.from_dict(columns).to_csv(tmp_path / f"{name}.csv")
+    with pytest.raises(GlueError, match=message):
+        load_own_task(str(tmp_path / "train.csv"), str(tmp_path / "dev.csv"))
+
+
+@pytest.mark.parametrize("name", ["absent.csv", "notes.txt", "broken.csv", "broken.parquet", "empty.csv"])
+def test_own_files_that_cannot_be_read(tmp_path, name):
+    if name != "absent.csv":
+        (tmp_path / name).write_text("" if name == "empty.csv" else 'a,b\n"x\n1,2,3\n')
+    with pytest.raises(GlueError, match=name):
+        load_own_task(str(tmp_path / name), str(tmp_path / name))
+
+
+def test_a_model_that_is_not_there_is_one_line(python_environment, glue_data):
+    process = subprocess.run(
+        [sys.executable, REPOSITORY / "run_glue.py", "--model_name_or_path", "/no/model", "--glue_data", glue_data],
+        env=python_environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr.strip().count("\n") == 0
+    assert "run_glue.py: error: model_name_or_path: no tokenizer loads from /no/model" in process.stderr
+
+
+@pytest.mark.parametrize("text", ["0", "x", "", "1,-2"])
+def test_seeds_that_are_none(text):
+    with pytest.raises(GlueError, match="seeds must be"):
+        parse_seeds("seeds", text)
+    assert parse_seeds("seeds", "3") == [1, 2, 3]
+    assert parse_seeds("seeds", "7,") == [7]
+
+
+# ---- Settings of the fine-tuning ----
+
+
+def test_learning_rates_by_depth(tiny_config):
+    model = AutoModelForSequenceClassification.from_config(tiny_config)
+    groups = parameter_groups(model, 1e-3, 0.01, layer_lr_decay=0.5, head_lr_multiplier=4.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {
+        names[parameter]: (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]
+    }
+    assert set(rates) == set(names.values())
+    assert rates["classifier.weight"] == (4e-3, 0.01)
+    assert rates["head.dense.bias"] == (4e-3, 0.0)
+    assert rates["model.final_norm.weight"] == (1e-3, 0.0)
+    assert rates["model.layers.1.mlp.dense_in.weight"] == (1e-3, 0.01)
+    assert rates["model.layers.0.mlp.dense_in.weight"] == (0.5e-3, 0.01)
+    assert rates["model.embeddings.word_embeddings.weight"] == (0.25e-3, 0.01)
+
+
+def test_dropout_reaches_every_field(tiny_config):
+    set_dropout(tiny_config, 0.3)
+    assert tiny_config.hidden_dropout_prob == tiny_config.attention_probs_dropout_prob == 0.3
+    assert tiny_config.embedding_dropout_prob == tiny_config.classifier_dropout == 0.3
+    bert = BertConfig()
+    set_dropout(bert, 0.3)
+    assert bert.hidden_dropout_prob == 0.3
+    assert bert.classifier_dropout is None  # follows hidden_dropout_prob
+
+
+def test_other_weights_are_another_encoder(model_folder, tiny_config):
+    encoder = EncoderArguments(str(model_folder))
+    before = fingerprint(encoder)
+    assert before == fingerprint(EncoderArguments(str(model_folder)))
+    torch.manual_seed(1)
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(model_folder)
+    assert fingerprint(encoder) != before
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_the_pair_it_was_in_alone(python_environment, glue_data, model_folder, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, REPOSITORY / "run_glue.py", "--model_name_or_path", model_folder, "--glue_data", glue_data,
+        "--output_dir", out, *FAST, "--tasks", "sst2", "--seeds", "6",
+    ]  # fmt: skip
+    log = out / "glue_runs.jsonl"
+    process = subprocess.Popen([*map(str, command)], env=python_environment, stderr=subprocess.DEVNULL)
+    while not log.exists() or log.read_text().count("\n") < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = log.read_text().splitlines()[:2]
+    assert not (out / "glue_results.json").exists()
+    subprocess.run([*map(str, command)], env=python_environment, check=True, capture_output=True)
+    assert log.read_text().splitlines()[:2] == kept
+    assert results_of(out)["seeds"] == [1, 2, 3, 4, 5, 6]
+    killed = results_of(out)["tasks"]
+    subprocess.run(
+        [*map(str, command), "--output_dir", str(tmp_path / "whole")],
+        env=python_environment, check=True, capture_output=True,
+    )  # fmt: skip
+    assert results_of(tmp_path / "whole")["tasks"] == killed
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(python_environment, glue_data, model_folder, tmp_path):
+    out = tmp_path / "out"
+    environment = {**python_environment, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+            REPOSITORY / "run_glue.py", "--model_name_or_path", model_folder, "--glue_data", glue_data,
+            "--output_dir", out, *FAST, "--tasks", "sst2", "--seeds", "1",
+        ],
+        env=environment, check=True,
+    )  # fmt: skip
+    assert results_of(out)["setting"]["world_size"] == 2
+    assert len((out / "glue_runs.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "data" / "glue").is_dir(), reason="the real GLUE tasks are not beside this project")
+def test_real_tasks_are_read(monkeypatch, model_folder, tmp_path):
+    out = tmp_path / "out"
+    run(
+        monkeypatch, "--model_name_or_path", model_folder, "--glue_data", SHARED / "data" / "glue", "--output_dir", out,
+        *FAST, "--num_train_epochs", "1", "--seeds", "1", "--max_train_samples", "64",
+    )  # fmt: skip
+    assert set(results_of(out)["tasks"]) == {"cola", "sst2", "mrpc", "stsb", "rte", "wnli"}
+    assert os.path.exists(out / "glue_submission.zip")
