@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoModelForTokenClassification,
 )
 
@@ -29,6 +30,7 @@ from .version import __version__
 
 AutoConfig.register("crammed_bert", CrammedBertConfig)
 CrammedBertConfig.register_for_auto_class()
+AutoModelForTextEncoding.register(CrammedBertConfig, CrammedBertModel)
 AutoModelForPreTraining.register(CrammedBertConfig, CrammedBertForMaskedLM)
 for auto_class, model_class in (
     (AutoModel, CrammedBertModel),

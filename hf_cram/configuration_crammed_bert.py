@@ -22,6 +22,7 @@ from transformers.utils import auto_docstring
 AUTO_MAP = {
     "AutoConfig": "configuration_crammed_bert.CrammedBertConfig",
     "AutoModel": "modeling_crammed_bert.CrammedBertModel",
+    "AutoModelForTextEncoding": "modeling_crammed_bert.CrammedBertModel",
     "AutoModelForPreTraining": "modeling_crammed_bert.CrammedBertForMaskedLM",
     "AutoModelForMaskedLM": "modeling_crammed_bert.CrammedBertForMaskedLM",
     "AutoModelForSequenceClassification": "modeling_crammed_bert.CrammedBertForSequenceClassification",
