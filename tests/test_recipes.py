@@ -8,11 +8,14 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.data.pipeline import DataArguments
+from hf_cram.fine_tuning import EncoderArguments, FineTuningArguments
+from hf_cram.glue_run import GlueArguments
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.training_args import CramTrainingArguments
 from run_mlm_cram import MaskingArguments
 
-RECIPES = sorted((REPOSITORY / "training_args").glob("*.yaml"))
+GLUE_RECIPES = sorted((REPOSITORY / "training_args").glob("glue*.yaml"))
+RECIPES = sorted({*(REPOSITORY / "training_args").glob("*.yaml")} - {*GLUE_RECIPES})
 
 
 def parse(*arguments):
@@ -52,6 +55,27 @@ def test_every_recipe_parses_and_builds_its_model(path):
     assert training_args.time_budget_seconds > 0
     given = yaml.safe_load(path.read_text())
     assert training_args.learning_rate == float(given["learning_rate"])
+
+
+def parse_glue(*arguments):
+    parser = RecipeParser((EncoderArguments, GlueArguments, FineTuningArguments), prog="glue")
+    return parser.parse([*map(str, arguments), "--model_name_or_path", "out"])
+
+
+@pytest.mark.parametrize("path", GLUE_RECIPES, ids=lambda path: path.stem)
+def test_every_glue_recipe_parses_and_keeps_the_papers_rule(path):
+    _, glue, args = parse_glue(path)
+    assert max([args.num_train_epochs, *glue.search_num_train_epochs]) <= 5
+
+
+def test_the_glue_recipe_is_the_papers_protocol_and_the_default():
+    _, glue, args = parse_glue(REPOSITORY / "training_args/glue.yaml")
+    assert (args.num_train_epochs, args.per_device_train_batch_size, args.learning_rate) == (5, 16, 4e-5)
+    assert (args.lr_scheduler_type, args.warmup_steps, glue.seeds) == ("cosine", 0.1, "5")
+    encoder, default_glue, defaults = parse_glue()
+    assert defaults.setting == args.setting
+    assert default_glue == glue
+    assert (encoder.dropout, encoder.max_seq_length) == (0.1, 128)
 
 
 def test_the_papers_recipe_is_the_papers():
