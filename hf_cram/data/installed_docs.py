@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-RULES_VERSION = 1  # raise it whenever the rules below change what comes out
+RULES_VERSION = 2  # raise it whenever the rules below change what comes out
 MIN_WORDS = 4
 MIN_LETTER_SHARE = 0.78
 FILES_PER_TASK = 64
@@ -30,6 +31,14 @@ SECTION = re.compile(
     r"notes?|warnings?|todo|description|introduction|overview|background|details)\s*:?\s*",
     re.IGNORECASE,
 )
+# Of these the descriptions are kept where they are sentences, without the names and types they belong to.
+DESCRIBED_SECTION = re.compile(
+    r"(?:args?|arguments?|(?:other |keyword )?parameters?|params?|keyword arg(?:ument)?s?|attributes?|returns?|yields?|"
+    r"raises|warns)",
+    re.IGNORECASE,
+)
+# `name (type): description`, as in Google's style.
+NAMED_ITEM = re.compile(r"[\w*`.,/ ]{1,60}(?:\s*\([^)]*\))?\s*:\s+(?=[A-Z]\S* \S)")
 UNDERLINE = re.compile(r"[=\-~^\"'#*+.]{3,}\s*")
 FIELD = re.compile(r"\s*(?::[\w\s*,.\[\]|]+:|@\w+|\.\. |\w[\w*, ]*\s*\([^)]*\)\s*:|[\w*`]+\s*:\s*(?:$|\S+, optional))")
 ADMONITION = re.compile(r"\.\. (?:note|warning|tip|important|attention|caution|hint)::\s*")
@@ -119,16 +128,38 @@ def module_paragraphs(path: Path) -> list[str]:
         return []
     paragraphs: list[str] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node, clean=False)
-            if docstring:
-                paragraphs.extend(prose_paragraphs(docstring))
+        for docstring in _docstrings(node):
+            paragraphs.extend(prose_paragraphs(docstring))
     return paragraphs
 
 
+def _docstrings(node: ast.AST) -> list[str]:
+    """
+    The documentation strings that stand at a node of a syntax tree: a definition's own, and those of compiled functions,
+    which Python sources hand over in calls (`add_docstr(function, text)`) or keep under a name (`_doc = text`).
+    """
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        docstring = ast.get_docstring(node, clean=False)
+        return [docstring] if docstring else []
+    if isinstance(node, ast.Call):
+        named, values = node.func, node.args
+    elif isinstance(node, ast.Assign):
+        named, values = node.targets[0], [node.value]
+    else:
+        return []
+    name = named.id if isinstance(named, ast.Name) else named.attr if isinstance(named, ast.Attribute) else ""
+    if "doc" not in name.lower():
+        return []
+    constants = (part for value in values for part in ast.walk(value) if isinstance(part, ast.Constant))
+    return [part.value for part in constants if isinstance(part.value, str) and "\n" in part.value]
+
+
 def prose_paragraphs(docstring: str) -> list[str]:
-    """The sentences of a documentation string: no doctests, tables, parameter lists, code, directives or headings."""
-    paragraphs, in_list_section, in_fence = [], False, False
+    """
+    The sentences of a documentation string: no doctests, tables, code, directives or headings, and of lists of
+    parameters the descriptions alone.
+    """
+    paragraphs, in_list_section, in_described_section, in_fence = [], False, False, False
     for block in _blocks(docstring):
         if sum(line.strip().startswith(("```", "~~~")) for line in block) % 2:
             in_fence = not in_fence
@@ -138,19 +169,45 @@ def prose_paragraphs(docstring: str) -> list[str]:
         heading = block[0].strip()
         is_underlined = len(block) > 1 and UNDERLINE.fullmatch(block[1].strip()) is not None
         if SECTION.fullmatch(heading) and (is_underlined or heading.endswith(":")):
-            in_list_section = heading.rstrip(": ").lower() not in PROSE_SECTIONS
-            block = [line.strip() for line in block[2 if is_underlined else 1 :]]
+            title = heading.rstrip(": ").lower()
+            in_list_section = title not in PROSE_SECTIONS
+            in_described_section = DESCRIBED_SECTION.fullmatch(title) is not None
+            block = block[2 if is_underlined else 1 :]
+            if not in_list_section:
+                block = [line.strip() for line in block]
         elif is_underlined:
             in_list_section = False
             block = block[2:]
         elif ADMONITION.fullmatch(heading):
             block = [line.strip() for line in block[1:]]
-        # An indented block is code, or the description of a parameter.
-        if block and not in_list_section and not block[0].startswith((" ", "\t")):
-            text = _clean_prose(block)
-            if text is not None:
-                paragraphs.append(text)
+        if in_list_section:
+            candidates = _descriptions(block) if in_described_section else []
+        else:
+            # An indented block is code.
+            candidates = [block] if block and not block[0].startswith((" ", "\t")) else []
+        paragraphs.extend(text for lines in candidates if (text := _clean_prose(lines)) is not None)
     return paragraphs
+
+
+def _descriptions(block: Sequence[str]) -> list[list[str]]:
+    """
+    The descriptions of a list of parameters or results, in the style of numpy (below `name : type`) or of Google (behind
+    it, or without a name).
+    """
+    lines = textwrap.dedent("\n".join(block)).splitlines()
+    descriptions: list[list[str]] = []
+    for line in lines:
+        if not line.startswith((" ", "\t")):
+            head = NAMED_ITEM.match(line)
+            if head is None and descriptions and descriptions[-1] and not descriptions[-1][-1].endswith((".", ":")):
+                descriptions[-1].append(line)  # a sentence goes on
+            elif head is None:
+                descriptions.append([line] if line[:1].isupper() and " " in line else [])
+            else:
+                descriptions.append([line[head.end() :]])
+        elif descriptions:
+            descriptions[-1].append(line.strip())
+    return [lines for lines in descriptions if lines]
 
 
 def _blocks(docstring: str) -> Iterator[list[str]]:

@@ -5,7 +5,13 @@ import csv
 import pytest
 
 from hf_cram.data import pipeline
-from hf_cram.data.installed_docs import fingerprint_installed, prose_paragraphs, read_installed_docs, source_files
+from hf_cram.data.installed_docs import (
+    fingerprint_installed,
+    module_paragraphs,
+    prose_paragraphs,
+    read_installed_docs,
+    source_files,
+)
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 
 DOCSTRING = """Compute the answer to a question that somebody asked.
@@ -44,10 +50,14 @@ GOOGLE = """Opens the door of the house with a key.
     ```
 
     Args:
-        key: The key that fits the lock of the door.
+        key: The key that fits the lock of the door, or of the
+            house, and goes on here.
+        hand (`str`, *optional*): A second description. With two sentences.
+        flag: bool
 
     Returns:
-        Whether the door is open now.
+        Whether the door is open now, which may be
+        a while after it was called.
     """
 
 
@@ -55,15 +65,47 @@ def test_prose_is_kept_and_the_rest_is_dropped():
     assert prose_paragraphs(DOCSTRING) == [
         "Compute the answer to a question that somebody asked.",
         "The answer is looked up in a library.Table with care, and it is never wrong.",
+        "The question to be answered by this function.",
+        "The answer, which is usually short and to the point.",
         "The method goes back to the last century and is slow.",
     ]
     assert prose_paragraphs(GOOGLE) == [
         "Opens the door of the house with a key.",
         "The door must not be open already when this is called.",
+        "The key that fits the lock of the door, or of the house, and goes on here.",
+        "A second description. With two sentences.",
+        "Whether the door is open now, which may be a while after it was called.",
     ]
     assert prose_paragraphs("x = compute(y)  # no prose") == []
     assert prose_paragraphs("Short summary of what it does.\nArgs:\n    x: The first of the values to use.") == [
-        "Short summary of what it does."
+        "Short summary of what it does.",
+        "The first of the values to use.",
+    ]
+
+
+COMPILED = """
+import library
+
+add_docstr(library.door, r'''
+The door of the house, written in another language.
+
+It has a second paragraph.
+''')
+_window_doc = '''
+The window of the house has its text under a name.
+'''
+message = '''
+A text of several lines that documents nothing.
+'''
+"""
+
+
+def test_the_documentation_of_compiled_functions(tmp_path):
+    (tmp_path / "module.py").write_text(COMPILED)
+    assert module_paragraphs(tmp_path / "module.py") == [
+        "The window of the house has its text under a name.",
+        "The door of the house, written in another language.",
+        "It has a second paragraph.",
     ]
 
 
@@ -96,7 +138,7 @@ def test_documents_of_packages_without_running_them(site_packages):
     assert [name for name, _ in source_files(search)] == ["alpha"] * 3 + ["beta"] * 2
     documents = list(read_installed_docs(search, show_progress=False))
     assert documents == [
-        "Opens the door of the house with a key.\nThe door must not be open already when this is called.",
+        "\n".join(prose_paragraphs(GOOGLE)),
         "Only this paragraph is new in the module.",  # the first paragraph stood before
         "\n".join(prose_paragraphs(DOCSTRING)),
     ]
