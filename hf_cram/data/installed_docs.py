@@ -159,7 +159,8 @@ def prose_paragraphs(docstring: str) -> list[str]:
     The sentences of a documentation string: no doctests, tables, code, directives or headings, and of lists of
     parameters the descriptions alone.
     """
-    paragraphs, in_list_section, in_described_section, in_fence = [], False, False, False
+    paragraphs: list[str] = []
+    in_list_section = in_described_section = in_fence = False
     for block in _blocks(docstring):
         if sum(line.strip().startswith(("```", "~~~")) for line in block) % 2:
             in_fence = not in_fence

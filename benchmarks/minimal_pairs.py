@@ -1,0 +1,115 @@
+"""
+Minimal pairs/s of `hf_cram.minimal_pairs` for a finished model, the quickstart's by default.
+
+    python benchmarks/minimal_pairs.py [--model out/quickstart] [--pairs 2000] [--rounds 3]
+
+The pairs are made from templates: sentences of about 8 words with BLiMP's mix of differences (one word changed, or two
+swapped). Tokenizing, masking and scoring count, loading the model does not. The plain way, a forward of the whole
+model for one masked token at a time, is timed beside it on a few pairs.
+"""
+
+import argparse
+import random
+import statistics
+import time
+
+import torch
+
+from hf_cram.minimal_pairs import BATCH_TOKENS, MinimalPair, load_model, score_pairs, surrounding_tokens
+
+BAR = 100
+NOUNS = ("teacher", "doctor", "student", "friend", "writer", "driver", "farmer", "singer", "lawyer", "king")
+THINGS = ("book", "table", "letter", "house", "picture", "song", "window", "car", "garden", "box")
+PAST = ("found", "sold", "liked", "saw", "moved", "painted", "forgot", "wanted", "needed", "bought")
+ADJECTIVES = ("old", "young", "small", "big", "good", "new", "poor", "rich", "quiet", "happy")
+PLACES = ("in the city", "near the river", "at the station", "behind the house", "before the war", "after the show")
+
+
+def subject_verb_agreement(draw: random.Random) -> tuple[str, str]:
+    subject, other, adjective = draw.choice(NOUNS), draw.choice(NOUNS), draw.choice(ADJECTIVES)
+    start, end = f"The {subject}s of the {other}", f"very {adjective}."
+    return f"{start} are {end}", f"{start} is {end}"
+
+
+def determiner_noun_agreement(draw: random.Random) -> tuple[str, str]:
+    start = f"The {draw.choice(NOUNS)} {draw.choice(PAST)}"
+    thing, end = draw.choice(THINGS), draw.choice(PLACES)
+    return f"{start} these {thing}s {end}.", f"{start} this {thing}s {end}."
+
+
+def anaphor_agreement(draw: random.Random) -> tuple[str, str]:
+    start, end = f"The {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}s {draw.choice(PAST)}", draw.choice(PLACES)
+    return f"{start} themselves {end}.", f"{start} himself {end}."
+
+
+def word_order(draw: random.Random) -> tuple[str, str]:
+    adjective, noun = draw.choice(ADJECTIVES), draw.choice(NOUNS)
+    end = f"{draw.choice(PAST)} the {draw.choice(THINGS)} and the {draw.choice(THINGS)}."
+    return f"The {adjective} {noun} {end}", f"The {noun} {adjective} {end}"
+
+
+TEMPLATES = (subject_verb_agreement, determiner_noun_agreement, anaphor_agreement, word_order)
+
+
+def build_pairs(count: int) -> list[MinimalPair]:
+    """Different pairs, in turn from each template."""
+    draw = random.Random(0)
+    pairs: dict[MinimalPair, None] = {}
+    while len(pairs) < count:
+        template = TEMPLATES[len(pairs) % len(TEMPLATES)]
+        pairs[MinimalPair(*template(draw), template.__name__)] = None
+    return list(pairs)
+
+
+@torch.inference_mode()
+def score_plainly(model, tokenizer, pairs: list[MinimalPair]) -> None:
+    """The obvious loop, for comparison."""
+    before, after = surrounding_tokens(model, tokenizer)
+    for sentence in (sentence for pair in pairs for sentence in pair[:2]):
+        ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        for position, target in enumerate(ids, start=len(before)):
+            row = torch.tensor([before + ids + after])
+            row[0, position] = tokenizer.mask_token_id
+            model(row).logits[0, position].log_softmax(-1)[target].item()
+
+
+def pairs_per_second(score, pairs: list[MinimalPair]) -> float:
+    started = time.perf_counter()
+    score(pairs)
+    return len(pairs) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="out/quickstart", help="folder or name on the Hub")
+    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS)
+    parser.add_argument("--bf16", action="store_true")
+    options = parser.parse_args()
+
+    model, tokenizer = load_model(options.model, torch.device("cpu"), options.bf16)
+    pairs = build_pairs(options.pairs)
+    words = statistics.mean(len(sentence.split()) for pair in pairs for sentence in pair[:2])
+    tokens = statistics.mean(len(ids) for ids in tokenizer([pair.good for pair in pairs])["input_ids"])
+    print(
+        f"{len(pairs)} pairs, {words:.1f} words and {tokens:.1f} tokens a sentence, {torch.get_num_threads()} threads"
+    )
+    score_pairs(model, tokenizer, pairs[:50])
+    results = score_pairs(model, tokenizer, pairs)
+    rates = [
+        pairs_per_second(lambda pairs: score_pairs(model, tokenizer, pairs, options.batch_tokens), pairs)
+        for _ in range(options.rounds)
+    ]
+    plain = pairs_per_second(lambda pairs: score_plainly(model, tokenizer, pairs), pairs[:20])
+    rate = statistics.median(rates)
+    print(f"  one token at a time {plain:>8.1f} pairs/s")
+    print(
+        f"  batched             {rate:>8.1f} pairs/s ({min(rates):.1f} to {max(rates):.1f}), bar {BAR}: "
+        f"{'PASS' if rate >= BAR else 'MISSED'}"
+    )
+    print(f"  accuracy {results['accuracy']:.1f} %")
+
+
+if __name__ == "__main__":
+    main()

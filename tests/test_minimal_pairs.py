@@ -1,0 +1,211 @@
+"""The zero-shot probe: exact scores, whatever the batches, and a clear line for what cannot be scored."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, VOCAB_SIZE
+from datasets import Dataset
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+
+from hf_cram import CrammedBertForMaskedLM
+from hf_cram.minimal_pairs import (
+    MinimalPair,
+    MinimalPairsError,
+    main,
+    pseudo_log_likelihoods,
+    read_pairs,
+    score_pairs,
+    surrounding_tokens,
+)
+
+PAIRS = REPOSITORY / "tests" / "data" / "minimal_pairs"
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def sentences(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(f"w{word}" for word in rng.integers(0, VOCAB_SIZE - 5, rng.integers(1, 9))) for _ in range(count)]
+
+
+@pytest.fixture
+def models(tiny_config):
+    torch.manual_seed(0)
+    return {
+        "crammed_bert": CrammedBertForMaskedLM(tiny_config),
+        "bert": BertForMaskedLM(BertConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=64, **SMALL)),
+        "modernbert": ModernBertForMaskedLM(ModernBertConfig(vocab_size=VOCAB_SIZE, pad_token_id=0, **SMALL)),
+    }
+
+
+def obvious_score(model, tokenizer, sentence):
+    """One forward pass of the whole model for each token."""
+    before, after = surrounding_tokens(model, tokenizer)
+    ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+    total = 0.0
+    for index, token in enumerate(ids):
+        masked = [*before, *ids, *after]
+        masked[len(before) + index] = tokenizer.mask_token_id
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([masked])).logits[0, len(before) + index]
+        total += float(logits.log_softmax(-1)[token])
+    return total
+
+
+@pytest.mark.parametrize("name", ["crammed_bert", "bert", "modernbert"])
+@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+def test_scores_are_those_of_one_token_at_a_time(models, tokenizer, name, batch_tokens):
+    model = models[name].eval()
+    texts = [*sentences(12), *sentences(3)]  # with repetitions
+    expected = [obvious_score(model, tokenizer, text) for text in texts]
+    scores = pseudo_log_likelihoods(model, tokenizer, texts, batch_tokens=batch_tokens)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_in_training_mode_stays_in_it(models, tokenizer):
+    model = models["crammed_bert"].train()
+    model.config.hidden_dropout_prob = 0.5
+    pseudo_log_likelihoods(model, tokenizer, sentences(2))
+    assert model.training
+
+
+def test_the_crammed_bert_reads_a_sentence_as_its_rows(models, tokenizer):
+    separator = tokenizer.sep_token_id
+    assert surrounding_tokens(models["crammed_bert"], tokenizer) == ([separator], [separator])
+
+
+def test_accuracy_is_the_share_of_right_pairs_and_a_tie_counts_half(models, tokenizer):
+    model = models["crammed_bert"].eval()
+    texts = sentences(20, seed=1)
+    scores = [obvious_score(model, tokenizer, text) for text in texts]
+    pairs = [
+        MinimalPair(a, b, f"kind {number % 2}")
+        for number, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True))
+    ]
+    right = [a > b for a, b in zip(scores[::2], scores[1::2], strict=True)]
+    results = score_pairs(model, tokenizer, [*pairs, MinimalPair("w1 w2", "w1 w2", "tie")])
+    assert results["pairs"] == 11
+    assert results["accuracy"] == pytest.approx(100 * (sum(right) + 0.5) / 11)
+    assert results["phenomena"]["tie"] == {"accuracy": 50.0, "pairs": 1}
+    assert results["phenomena"]["kind 1"] == {"accuracy": pytest.approx(100 * sum(right[1::2]) / 5), "pairs": 5}
+
+
+# ---- Reading ----
+
+
+def test_files_folders_and_compressed_files(tmp_path):
+    assert len(read_pairs([str(PAIRS)])) == 40
+    assert {pair.phenomenon for pair in read_pairs([str(PAIRS)])} == {path.stem for path in PAIRS.glob("*.jsonl")}
+    file = PAIRS / "word_order.jsonl"
+    with gzip.open(tmp_path / "word_order.jsonl.gz", "wt") as stream:
+        stream.write(file.read_text())
+    plain, compressed = read_pairs([str(file)]), read_pairs([str(tmp_path)])
+    assert [pair[:3] for pair in compressed] == [pair[:3] for pair in plain]
+    assert plain[0][:2] == ("The old man sat down.", "The man old sat down.")
+    assert len(read_pairs([str(PAIRS)], limit=3)) == 12
+
+
+def test_a_file_without_a_name_of_the_phenomenon(tmp_path):
+    (tmp_path / "verbs.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b"}\n\n')
+    assert read_pairs([str(tmp_path)])[0].phenomenon == "verbs"
+
+
+def test_a_data_set_laid_out_like_one_of_the_hub(tmp_path, monkeypatch):
+    folder = tmp_path / "nyu-mll" / "blimp"
+    lines = [json.loads(line) for line in (PAIRS / "word_order.jsonl").read_text().splitlines()]
+    folder.mkdir(parents=True)
+    Dataset.from_list(lines).to_parquet(folder / "word_order" / "train-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: word_order\n  data_files: word_order/train-*\n---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    # A folder without .jsonl files is taken for what datasets makes of it.
+    assert [pair[:3] for pair in read_pairs(["nyu-mll/blimp"])] == [
+        pair[:3] for pair in read_pairs([str(PAIRS / "word_order.jsonl")])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"sentence_good": "a", "sentence_bad": "b"}\n{"sentence_good": "a"}\n', "line 2: no sentence .*'sentence_bad'"),
+        ('{"sentence_good": "a", "sentence_bad": "b"\n', "line 1: not valid JSON"),
+        ("[1]\n", "line 1: not an object"),
+        ("\n", "holds no pairs"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_pairs_that_cannot_be_read(tmp_path, content, message):
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(MinimalPairsError, match=f"pairs.jsonl.*{message}"):
+        read_pairs([str(file)])
+
+
+def test_sentences_that_cannot_be_scored(models, tokenizer):
+    too_long = " ".join(["w1"] * 63)
+    with pytest.raises(MinimalPairsError, match="a pair: a sentence of 65 tokens is longer than the model's 64"):
+        score_pairs(models["crammed_bert"], tokenizer, [MinimalPair(too_long, "w1")])
+
+
+# ---- The program ----
+
+
+@pytest.fixture
+def model_folder(models, tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    models["crammed_bert"].save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_program_writes_results_and_card(model_folder, capsys):
+    shutil.copyfile(REPOSITORY / "tests" / "data" / "model_card.md", model_folder / "README.md")
+    main([str(model_folder), "--pairs", str(PAIRS)])
+    results = json.loads((model_folder / "minimal_pairs_results.json").read_text())
+    assert results["pairs"] == 40
+    assert set(results["phenomena"]) == {path.stem for path in PAIRS.glob("*.jsonl")}
+    printed = capsys.readouterr().out
+    assert f"{results['accuracy']:.1f}" in printed
+    assert "anaphor_agreement" in printed
+    assert f"in {results['accuracy']:.1f} % of 40 pairs" in (model_folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}", "--pairs", "absent.jsonl"], "absent.jsonl: no such file or folder"),
+        (["{empty}", "--pairs", str(PAIRS)], "does not load as a masked language model"),
+    ],
+)
+def test_mistakes_are_one_line(model_folder, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"model": model_folder, "empty": tmp_path / "empty"}
+    with pytest.raises(SystemExit, match=message) as caught:
+        main([argument.format(**places) for argument in arguments])
+    assert str(caught.value.code).count("\n") == 0
+
+
+def test_a_classifier_is_no_masked_language_model(tiny_config, tokenizer, tmp_path):
+    from hf_cram import CrammedBertModel
+
+    CrammedBertModel(tiny_config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_config.tie_word_embeddings = False
+    CrammedBertModel(tiny_config).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="is no masked language model: it lacks"):
+        main([str(tmp_path / "model"), "--pairs", str(PAIRS)])
+
+
+def test_it_runs_as_a_module(python_environment, model_folder):
+    process = subprocess.run(
+        [sys.executable, "-m", "hf_cram.minimal_pairs", model_folder, "--pairs", PAIRS, "--limit", "1"],
+        env=python_environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "all" in process.stdout
