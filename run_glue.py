@@ -39,7 +39,7 @@ def main() -> None:
 
     run = GlueRun(encoder, glue, training_args)
     chosen = run.search(training_args)
-    results = run.run(chosen, parse_seeds("seeds", glue.seeds))
+    results = run.run(chosen, parse_seeds("seeds", glue.seeds), keep_model=glue.keeps_models)
     if is_main:
         run.write(results)
         print(results_table(results, run.tasks))

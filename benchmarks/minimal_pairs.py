@@ -15,7 +15,14 @@ import time
 
 import torch
 
-from hf_cram.minimal_pairs import BATCH_TOKENS, MinimalPair, load_model, score_pairs, surrounding_tokens
+from hf_cram.minimal_pairs import (
+    BATCH_TOKENS,
+    MinimalPair,
+    compile_encoder,
+    load_model,
+    score_pairs,
+    surrounding_tokens,
+)
 
 BAR = 100
 NOUNS = ("teacher", "doctor", "student", "friend", "writer", "driver", "farmer", "singer", "lawyer", "king")
@@ -86,22 +93,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--torch_compile", action="store_true", help="compiling is not timed")
     options = parser.parse_args()
 
     model, tokenizer = load_model(options.model, torch.device("cpu"), options.bf16)
     pairs = build_pairs(options.pairs)
     words = statistics.mean(len(sentence.split()) for pair in pairs for sentence in pair[:2])
-    tokens = statistics.mean(len(ids) for ids in tokenizer([pair.good for pair in pairs])["input_ids"])
+    good = [pair.good for pair in pairs]
+    tokens = statistics.mean(len(ids) for ids in tokenizer(good, add_special_tokens=False)["input_ids"])
     print(
         f"{len(pairs)} pairs, {words:.1f} words and {tokens:.1f} tokens a sentence, {torch.get_num_threads()} threads"
     )
-    score_pairs(model, tokenizer, pairs[:50])
+    plain = pairs_per_second(lambda pairs: score_plainly(model, tokenizer, pairs), pairs[:20])
+    if options.torch_compile:
+        compile_encoder(model)
     results = score_pairs(model, tokenizer, pairs)
     rates = [
         pairs_per_second(lambda pairs: score_pairs(model, tokenizer, pairs, options.batch_tokens), pairs)
         for _ in range(options.rounds)
     ]
-    plain = pairs_per_second(lambda pairs: score_plainly(model, tokenizer, pairs), pairs[:20])
     rate = statistics.median(rates)
     print(f"  one token at a time {plain:>8.1f} pairs/s")
     print(

@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging as transformers_logging
 
@@ -135,13 +136,20 @@ class FineTuningArguments(TrainingArguments):
         arguments.num_train_epochs = num_train_epochs
         return arguments
 
+    def set_precision(self, bf16: bool) -> None:
+        """Train in bf16 autocast, or in what `fp16` says. Once a process: accelerate knows one precision."""
+        self.bf16 = bf16
+        self.mixed_precision = "fp16" if self.fp16 else "bf16" if bf16 else "no"
+
     @property
     def setting(self) -> dict[str, Any]:
         """What decides the scores, beside the model and the data."""
         names = (
             "learning_rate", "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
             "weight_decay", "layer_lr_decay", "head_lr_multiplier", "adam_beta1", "adam_beta2", "adam_epsilon",
-            "max_grad_norm", "max_steps",
+            "max_grad_norm", "max_steps", "bf16", "fp16", "gradient_accumulation_steps", "label_smoothing_factor",
+            "lr_scheduler_kwargs", "train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha",
+            "train_batch_size",
         )  # fmt: skip
         setting = {name: getattr(self, name) for name in names}
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
@@ -159,14 +167,26 @@ class PairResult:
 
 
 def fingerprint(encoder: EncoderArguments) -> str:
-    """A hash of what is fine-tuned: the settings of the encoder and, for a local folder, its weights and config."""
-    digest = hashlib.sha256(json.dumps(asdict(encoder), sort_keys=True).encode())
+    """
+    A hash of what is fine-tuned: the settings of the encoder, and the name on the Hub or, of a local folder, the content
+    of config, weights and tokenizer.
+    """
+    settings = asdict(encoder)
+    del settings["trust_remote_code"]
     folder = Path(encoder.model_name_or_path)
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        if path.name != "training_args.bin":
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    if folder.is_dir():
+        del settings["model_name_or_path"]
+    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "vocab*")
+    return hash_of(settings, sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}))
+
+
+def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:
+    """Twelve hexadecimal digits that name settings and the content of files."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:
@@ -283,7 +303,16 @@ class ProgressCallback(TrainerCallback):
 
 
 class OrderedEvaluationTrainer(Trainer):
-    """A Trainer that predicts in the order of the data set; grouping by length would shuffle evaluation as well."""
+    """
+    A Trainer that predicts in the order of the data set (grouping by length would shuffle evaluation as well) and
+    draws the order of training from its seed alone, so that all processes of a data-parallel run draw the same.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(self.args.seed)
+        return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)
@@ -315,11 +344,10 @@ def encode_task(
 
 
 class FineTuner:
-    """Trains and scores tasks with one encoder and one setting. A task is trained in the same precision for all seeds."""
+    """Trains and scores tasks with one encoder and one setting; `args.bf16` is decided (see [`set_precision`])."""
 
     def __init__(self, encoder: EncoderArguments, args: FineTuningArguments, tokenizer: PreTrainedTokenizerBase):
         self.encoder, self.args, self.tokenizer = encoder, args, tokenizer
-        self._uses_bf16: dict[str, bool] = {}
 
     def run(
         self,
@@ -342,15 +370,11 @@ class FineTuner:
         with quiet_loading():
             model = build_classifier(self.encoder, task.data)
         model.to(args.device)  # type: ignore[arg-type]
-        collator = DataCollatorWithPadding(
-            self.tokenizer, pad_to_multiple_of=8 if args.device.type == "cuda" else None
-        )
-        self._set_precision(args, model, collator, task)
-        set_seed(seed)  # dropout and order must not depend on whether the precision was measured
+        set_seed(seed)  # the head of one architecture draws more numbers than that of another
         trainer = OrderedEvaluationTrainer(
             model,
             args,
-            data_collator=collator,
+            data_collator=DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=PADDING_MULTIPLE),
             train_dataset=task.train,
             processing_class=self.tokenizer,
             optimizers=(self._optimizer(model), None),
@@ -377,18 +401,16 @@ class FineTuner:
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
-    def _set_precision(
-        self, args: FineTuningArguments, model: PreTrainedModel, collator: DataCollatorWithPadding, task: EncodedTask
-    ) -> None:
-        name = task.data.task.name
-        if args.bf16 is None and not args.fp16 and name not in self._uses_bf16:
-            by_length = sorted(task.train, key=lambda example: len(example["input_ids"]))
-            middle = max(0, len(by_length) // 2 - args.train_batch_size // 2)
-            batch = collator(by_length[middle : middle + args.train_batch_size])
-            batch = {key: value.to(args.device) for key, value in batch.items()}
-            self._uses_bf16[name] = bf16_trains_faster(model, batch)
-        args.bf16 = self._uses_bf16.get(name, False) if args.bf16 is None else args.bf16
-        args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+    def prefers_bf16(self, task: EncodedTask) -> bool:
+        """Whether bf16 autocast is faster than fp32 here, measured on a batch of middling length."""
+        with quiet_loading():
+            model = build_classifier(self.encoder, task.data)
+        model.to(self.args.device)  # type: ignore[arg-type]
+        by_length = sorted(task.train, key=lambda example: len(example["input_ids"]))
+        middle = max(0, len(by_length) // 2 - self.args.train_batch_size // 2)
+        collator = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=PADDING_MULTIPLE)
+        batch = collator(by_length[middle : middle + self.args.train_batch_size])
+        return bf16_trains_faster(model, {key: value.to(self.args.device) for key, value in batch.items()})
 
 
 def predict(trainer: Trainer, examples: Sequence[dict[str, Any]], data: TaskData) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The GLUE tasks: what they are, where their text comes from, how they are scored and averaged."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS
 
 METRIC_PATH = str(Path(__file__).with_name("glue_metric.py"))
 GLUE_NAME = "nyu-mll/glue"
+DIAGNOSTIC = "ax"  # predicted by the model of MNLI, and part of a submission
 EXTENSIONS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -29,7 +31,8 @@ class Task:
     One task: `headline` is the metric that enters the average, `label_names` is empty for a regression.
 
     `validation_splits` maps the columns of the results to splits; `test_splits` maps the file names of a submission to
-    splits. `submitted_labels` are written into a submission instead of the class numbers.
+    splits. `submitted_labels` are written into a submission instead of the class numbers; values of a regression are
+    cut to `value_range` there.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Task:
     validation_splits: Mapping[str, str]
     test_splits: Mapping[str, str] = field(default_factory=dict)
     submitted_labels: tuple[str, ...] = ()
+    value_range: tuple[float, float] | None = None
 
 
 def _task(name: str, text_columns: str, label_names: str, file_name: str, **kwargs: Any) -> Task:
@@ -55,7 +59,7 @@ TASKS = {
         _task("cola", "sentence", "unacceptable acceptable", "CoLA"),
         _task("sst2", "sentence", "negative positive", "SST-2"),
         _task("mrpc", PAIR, "not_equivalent equivalent", "MRPC"),
-        _task("stsb", PAIR, "", "STS-B"),
+        _task("stsb", PAIR, "", "STS-B", value_range=(0.0, 5.0)),
         _task("qqp", "question1 question2", "not_duplicate duplicate", "QQP"),
         _task(
             "mnli",
@@ -73,6 +77,7 @@ TASKS = {
 }
 # The columns of the average: MNLI counts twice, WNLI not at all.
 COLUMNS = tuple(GLUE_COLUMNS)
+RESERVED_NAMES = {*TASKS, *COLUMNS, DIAGNOSTIC, "predictions"}
 
 
 @dataclass
@@ -113,25 +118,41 @@ def load_glue_task(task: Task, glue_data: str | None = None) -> TaskData:
     """
     A task's splits from a folder laid out like the data set `nyu-mll/glue` (`<task>/<split>-*.parquet`), or from it.
 
-    A test split may be absent. Raises [`GlueError`] where train or validation is, or a column.
+    A test split may be absent. MNLI has the diagnostic set `ax` as a further test split, where that is there. Raises
+    [`GlueError`] where train or validation is absent, or a column.
     """
+    data = _pick_splits(task, _load_splits(task.name, glue_data), str(glue_data or GLUE_NAME))
+    if task.name == "mnli" and (glue_data is None or (Path(glue_data) / DIAGNOSTIC).is_dir()):
+        diagnostic = _load_splits(DIAGNOSTIC, glue_data)
+        if "test" in diagnostic:
+            data.test["AX"] = diagnostic["test"]
+    return data
+
+
+def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
     if glue_data is None:
         try:
-            splits = load_dataset(GLUE_NAME, task.name)
+            return load_dataset(GLUE_NAME, name)
         except (DatasetNotFoundError, ConnectionError, OSError) as error:
             raise GlueError(
-                f"{GLUE_NAME} ({task.name}) cannot be loaded: {' '.join(str(error).split())}; "
+                f"{GLUE_NAME} ({name}) cannot be loaded: {' '.join(str(error).split())}; "
                 "give a folder laid out like it with --glue_data"
             ) from error
-    else:
-        folder = Path(glue_data) / task.name
-        files: dict[str, list[str]] = {}
-        for path in sorted(folder.glob("*.parquet")):
-            files.setdefault(path.name.split("-")[0], []).append(str(path))
-        if not files:
-            raise GlueError(f"glue_data: no <split>-*.parquet in {folder}")
-        splits = load_dataset("parquet", data_files=files)
-    return _pick_splits(task, splits, str(glue_data or GLUE_NAME))
+    folder = Path(glue_data) / name
+    files: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        files.setdefault(path.name.split("-")[0], []).append(str(path))
+    if not files:
+        raise GlueError(f"glue_data: no <split>-*.parquet in {folder}")
+    try:
+        return load_dataset("parquet", data_files=files)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise GlueError(f"glue_data: {folder} cannot be read: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    return " ".join(str(error.__cause__ or error).split())
 
 
 def _pick_splits(task: Task, splits: DatasetDict, source: str) -> TaskData:
@@ -159,25 +180,21 @@ def load_own_task(
     text_columns: Sequence[str] = (),
     label_column: str = "label",
     name: str | None = None,
+    regression: bool = False,
 ) -> TaskData:
     """
-    A task from csv, json(l) or parquet files: floats in `label_column` make a regression, all else classes.
+    A task from csv, json(l) or parquet files: floats in `label_column` make a regression, and numbers with
+    `regression`; all else are classes.
 
-    Without `text_columns`, the first one or two columns of text other than the label are read.
+    Without `text_columns`, the first one or two columns of text other than the label are read. Raises [`GlueError`]
+    for what cannot be used.
     """
+    name = name or Path(train_file).stem
+    if name in RESERVED_NAMES or not re.fullmatch(r"[\w-]+", name):
+        raise GlueError(f"task_name: {name!r} cannot name a task of your own; choose another with --task_name")
     files = {"train": train_file, "validation": validation_file, **({"test": test_file} if test_file else {})}
     splits = DatasetDict({split: _load_file(path) for split, path in files.items()})
-    train = splits["train"]
-    texts = tuple(text_columns) or tuple(
-        column
-        for column, feature in train.features.items()
-        if getattr(feature, "dtype", "") in ("string", "large_string") and column != label_column
-    )
-    if not 1 <= len(texts) <= 2:
-        raise GlueError(
-            f"{train_file}: name the one or two columns of text with --text_columns (it has "
-            f"{', '.join(train.column_names)})"
-        )
+    texts = tuple(text_columns) or _text_columns(splits["train"], train_file, label_column)
     for split, dataset in splits.items():
         for column in (*texts, *(() if split == "test" else (label_column,))):
             if column not in dataset.column_names:
@@ -185,21 +202,49 @@ def load_own_task(
                     f"{files[split]}: no column {column!r} (it has {', '.join(dataset.column_names)}): "
                     "see --text_columns and --label_column"
                 )
-    is_regression = train.features[label_column].dtype.startswith("float")
+        splits[split] = _rename_label(dataset, label_column, texts)
+        if split != "test" and None in splits[split]["label"]:
+            raise GlueError(f"{files[split]}: rows without a value in column {label_column!r}: fill or drop them")
     label_names: tuple[str, ...] = ()
-    if not is_regression:
+    if regression or _kind(splits["train"]).startswith("float"):
+        for split in ("train", "validation"):
+            if not _kind(splits[split]).startswith(("float", "int", "uint")):
+                raise GlueError(f"{files[split]}: column {label_column!r} must hold numbers for a regression")
+            splits[split] = splits[split].cast_column("label", Value("float64"))
+    else:
         label_names, splits = _number_labels(splits, label_column, files)
-    elif label_column != "label":
-        splits = DatasetDict(
-            {
-                split: data.rename_column(label_column, "label") if label_column in data.column_names else data
-                for split, data in splits.items()
-            }
-        )
-    name = name or Path(train_file).stem
-    headline = "pearson" if is_regression else "accuracy"
+    headline = "accuracy" if label_names else "pearson"
     task = Task(name, texts, headline, label_names, {name: "validation"}, {name: "test"}, label_names)
     return _pick_splits(task, splits, train_file)
+
+
+def _kind(dataset: Dataset) -> str:
+    """Type of the label column's values; "" for lists and objects."""
+    feature = dataset.features["label"]
+    return feature.dtype if isinstance(feature, Value | ClassLabel) else ""
+
+
+def _text_columns(train: Dataset, train_file: str, label_column: str) -> tuple[str, ...]:
+    texts = tuple(
+        column
+        for column, feature in train.features.items()
+        if isinstance(feature, Value)
+        and feature.dtype in ("string", "large_string")
+        and column not in (label_column, "label")
+    )
+    if not 1 <= len(texts) <= 2:
+        raise GlueError(
+            f"{train_file}: name the one or two columns of text with --text_columns (it has "
+            f"{', '.join(train.column_names)})"
+        )
+    return texts
+
+
+def _rename_label(dataset: Dataset, label_column: str, texts: Sequence[str]) -> Dataset:
+    """The texts and, where it is there, the label column under the name `label`."""
+    has_label = label_column in dataset.column_names
+    dataset = dataset.select_columns([*texts, *([label_column] if has_label else [])])
+    return dataset.rename_column(label_column, "label") if has_label and label_column != "label" else dataset
 
 
 def _load_file(path: str) -> Dataset:
@@ -211,9 +256,7 @@ def _load_file(path: str) -> Dataset:
     try:
         dataset = load_dataset(kind, data_files=path, split="train")
     except (DatasetsError, ValueError, OSError) as error:
-        raise GlueError(
-            f"{path} cannot be read as {kind}: {' '.join(str(error.__cause__ or error).split())}"
-        ) from error
+        raise GlueError(f"{path} cannot be read as {kind}: {_cause(error)}") from error
     if len(dataset) == 0:
         raise GlueError(f"{path} holds no rows")
     return dataset
@@ -223,35 +266,31 @@ def _number_labels(
     splits: DatasetDict, label_column: str, files: Mapping[str, str]
 ) -> tuple[tuple[str, ...], DatasetDict]:
     """Class names in order (of the numbers or the alphabet), and the splits with class numbers in `label`."""
-    feature = splits["train"].features[label_column]
-    values = sorted(set(splits["train"][label_column]), key=lambda value: (value is None, value))
-    if None in values:
-        raise GlueError(f"{files['train']}: rows without a label in column {label_column!r}")
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else tuple(str(value) for value in values)
-    numbers = {
-        value: number for number, value in enumerate(range(len(names)) if isinstance(feature, ClassLabel) else values)
-    }
+    feature = splits["train"].features["label"]
+    if not isinstance(feature, Value | ClassLabel):
+        raise GlueError(f"{files['train']}: column {label_column!r} must hold one text or number a row")
+    values = sorted(set(splits["train"]["label"]))
+    names = tuple(str(value) for value in values)
+    if isinstance(feature, ClassLabel):
+        names, values = tuple(feature.names), list(range(len(feature.names)))
     if len(names) < 2:
         raise GlueError(f"{files['train']}: all rows have the label {names[0]!r}: nothing to learn")
+    numbers = {value: number for number, value in enumerate(values)}
     numbered = {}
     for split, dataset in splits.items():
-        if label_column in dataset.column_names:
-            labels = dataset[label_column]
-            unknown = {
-                value for value in labels if value not in numbers and not (split == "test" and value in (-1, None))
-            }
-            if unknown:
-                raise GlueError(f"{files[split]}: label {min(map(str, unknown))!r} does not occur in training")
-            dataset = dataset.remove_columns(label_column).add_column(
-                "label", [numbers.get(value, -1) for value in labels]
-            )
+        if "label" in dataset.column_names:
+            labels = list(dataset["label"])
+            unknown = {str(value) for value in labels if value not in numbers}
+            if unknown and split != "test":
+                raise GlueError(f"{files[split]}: label {min(unknown)!r} does not occur in training")
+            dataset = dataset.remove_columns("label").add_column("label", [numbers.get(value, -1) for value in labels])
         numbered[split] = dataset
     return names, DatasetDict(numbered)
 
 
 def encode(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
     """One dict of the model's inputs an example, cut to `max_length` tokens, with its `label` where there is one."""
-    texts = [[text if text is not None else "" for text in dataset[column]] for column in task.text_columns]
+    texts = [["" if text is None else str(text) for text in dataset[column]] for column in task.text_columns]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     columns = {key: encoded[key] for key in encoded}
     if "label" in dataset.column_names:
@@ -270,8 +309,8 @@ def load_metric(name: str | None, task: Task) -> tuple[Any, float]:
         return evaluate.load(METRIC_PATH, configuration), 100.0
     try:
         return evaluate.load(name), 1.0
-    except (FileNotFoundError, ConnectionError, OSError) as error:
-        raise GlueError(f"metric: {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    except (OSError, ImportError, KeyError, ValueError) as error:
+        raise GlueError(f"metric: {name!r} cannot be loaded: {_cause(error)}") from error
 
 
 def aggregate(scores: Mapping[str, Mapping[int, Mapping[str, float]]], headlines: Mapping[str, str]) -> dict[str, Any]:
@@ -280,7 +319,7 @@ def aggregate(scores: Mapping[str, Mapping[int, Mapping[str, float]]], headlines
 
     Args:
         scores: column -> seed -> metric -> value, in per cent.
-        headlines: column -> the metric that stands for it.
+        headlines: column -> the metric that stands for it; a column without one is not averaged.
 
     Returns `{"tasks": {column: {metric: {"median", "values"}}}, "average", "columns", "seeds"}`. `columns` are those
     in the average: fewer than nine for a partial set, those that were run where none is GLUE's, none where the
@@ -296,7 +335,7 @@ def aggregate(scores: Mapping[str, Mapping[int, Mapping[str, float]]], headlines
         }
         for column, by_seed in scores.items()
     }
-    averaged = [column for column in tasks if headlines[column] in tasks[column]]
+    averaged = [column for column in tasks if headlines.get(column) in tasks[column]]
     columns = [column for column in COLUMNS if column in averaged] or [
         column for column in averaged if column not in TASKS
     ]

@@ -7,6 +7,7 @@ fraction (accuracy, F1) or a coefficient from -1 to 1.
 
 import datasets
 import evaluate
+import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -17,8 +18,8 @@ CONFIGURATIONS = ("cola", *REGRESSION, *WITH_F1, *ACCURACY_ALONE, "classificatio
 
 
 def correlation(coefficient, predictions, references):
-    """A correlation, 0.0 where one side is constant (a model that has learned nothing), for which none is defined."""
-    if len(set(predictions)) < 2 or len(set(references)) < 2:
+    """A correlation, 0.0 where none is defined: one side is constant or not finite (nothing learned, or diverged)."""
+    if len(set(predictions)) < 2 or len(set(references)) < 2 or not np.isfinite(predictions).all():
         return 0.0
     return float(coefficient(predictions, references)[0])
 

@@ -23,25 +23,24 @@ COLUMN_TITLES = {**GLUE_COLUMNS, "wnli": "WNLI"}
 
 class PairLog:
     """
-    The finished (task, seed) pairs of one setting, as JSON lines that other settings may share.
+    The finished pairs of task and seed, of any setting, as JSON lines.
 
-    A line that a kill has cut short is dropped when the file is opened again.
+    A line that a kill has cut short is dropped when the file is opened again. `is_writer` is true on one process only;
+    the others are given its `lines`.
     """
 
-    def __init__(self, path: Path, setting_id: str, is_writer: bool = True):
-        self.path, self.setting_id, self.is_writer = path, setting_id, is_writer
-        self.lines = [line for line in _whole_lines(path) if line["setting_id"] == setting_id]
+    def __init__(self, path: Path, is_writer: bool = True):
+        self.path, self.is_writer = path, is_writer
+        self.lines = _whole_lines(path)
         if is_writer and path.exists() and not path.read_bytes().endswith(b"\n"):
-            kept = "".join(json.dumps(line) + "\n" for line in _whole_lines(path))
-            _write_whole(path, kept.encode())
+            _write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
-    def find(self, task: str, seed: int) -> dict[str, Any] | None:
-        """The line of a finished pair."""
-        return next((line for line in self.lines if (line["task"], line["seed"]) == (task, seed)), None)
+    def find(self, **values: Any) -> dict[str, Any] | None:
+        """The last line with these values."""
+        return next((line for line in reversed(self.lines) if values.items() <= line.items()), None)
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a finished pair; it is on the disk when this returns."""
-        line = {"setting_id": self.setting_id, **line}
         self.lines.append(line)
         if not self.is_writer:
             return
@@ -128,7 +127,8 @@ def draw_chart(results: Mapping[str, Any], tasks: Sequence[Task], name: str, pat
 def submission_lines(task: Task, outputs: np.ndarray) -> list[tuple[int, str]]:
     """Index and prediction of each test example, as the GLUE benchmark's server reads them."""
     if not task.label_names:
-        return [(index, f"{min(5.0, max(0.0, float(value))):.3f}") for index, value in enumerate(outputs)]
+        values = outputs.astype(float) if task.value_range is None else outputs.astype(float).clip(*task.value_range)
+        return [(index, f"{value:.6g}") for index, value in enumerate(values.tolist())]
     names = task.submitted_labels or tuple(str(number) for number in range(len(task.label_names)))
     return [(index, names[int(value)]) for index, value in enumerate(outputs)]
 

@@ -1,6 +1,5 @@
 """Run GLUE: every task with every seed, by one setting, going on where an earlier run was stopped."""
 
-import hashlib
 import itertools
 import json
 import logging
@@ -11,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from .files import write_json_atomically
@@ -21,9 +22,11 @@ from .fine_tuning import (
     FineTuningArguments,
     encode_task,
     fingerprint,
+    hash_of,
     load_tokenizer,
 )
 from .glue import (
+    GLUE_NAME,
     GlueError,
     Task,
     TaskData,
@@ -51,6 +54,7 @@ from .model_card import update_model_card
 
 logger = logging.getLogger(__name__)
 
+KEPT_NAME = "fine_tuned_from.json"  # beside a kept model: the pair it belongs to
 DEFAULT_OUTPUT_DIR = "trainer_output"  # the Trainer's own default
 
 
@@ -78,6 +82,7 @@ class GlueArguments:
         default_factory=list, metadata={"help": "One or two columns of text; default: those of text in train_file."}
     )
     label_column: str = field(default="label", metadata={"help": "Classes, or floats for a regression."})
+    regression: bool = field(default=False, metadata={"help": "Predict the numbers in label_column, whole ones too."})
     task_name: str | None = field(default=None, metadata={"help": "Name of the own task; default: train_file's."})
     save_models: bool | None = field(
         default=None, metadata={"help": "Keep the first seed's fine-tuned model; default: for own data only."}
@@ -88,6 +93,11 @@ class GlueArguments:
     search_batch_size: list[int] = field(default_factory=list, metadata={"help": "Batch sizes to search."})
     search_num_train_epochs: list[float] = field(default_factory=list, metadata={"help": "Epochs to search."})
     search_seeds: str = field(default="1", metadata={"help": "Seeds of the search, as in seeds."})
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether the fine-tuned model of the first seed is kept."""
+        return self.uses_own_data if self.save_models is None else self.save_models
 
     @property
     def uses_own_data(self) -> bool:
@@ -106,18 +116,21 @@ def parse_seeds(name: str, text: str) -> list[int]:
     return numbers if "," in text else list(range(1, numbers[0] + 1))
 
 
-def output_folder(encoder: EncoderArguments, output_dir: str | None) -> Path:
+def output_folder(encoder: EncoderArguments, output_dir: str | None, task_name: str | None = None) -> Path:
     """
     Where the results go: `output_dir`, or the model's own folder where it is a local one, else `out/glue/<model>`.
 
-    Results from scratch never go into the folder of the pretrained model: `<folder>-from-scratch`.
+    Results from scratch, and those of own data (`task_name`), never go into the folder of the pretrained model, but into
+    `<folder>-from-scratch` and `<folder>-<task_name>`.
     """
     if output_dir and output_dir != DEFAULT_OUTPUT_DIR:
         return Path(output_dir)
-    folder = Path(encoder.model_name_or_path)
+    folder = Path(encoder.model_name_or_path).resolve()
     if not folder.is_dir():
         folder = Path("out", "glue", folder.name)
-    return folder.with_name(f"{folder.name}-from-scratch") if encoder.from_scratch else folder
+    endings = [task_name] if task_name else []
+    endings += ["from-scratch"] if encoder.from_scratch else []
+    return folder.with_name("-".join([folder.name, *endings]))
 
 
 def fill_up(bar: tqdm, end: float, share: float) -> None:
@@ -130,13 +143,23 @@ class GlueRun:
 
     def __init__(self, encoder: EncoderArguments, glue: GlueArguments, args: FineTuningArguments):
         self.encoder, self.glue = encoder, glue
-        self.output_dir = output_folder(encoder, args.output_dir)
         self.is_main = args.process_index == 0
         self.tokenizer = load_tokenizer(encoder)
         self.own_data = self._load_own_data() if glue.uses_own_data else None
+        self.output_dir = output_folder(encoder, args.output_dir, self.own_data.task.name if self.own_data else None)
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
         self.encoder_id = fingerprint(encoder)
+        self.log = PairLog(self.output_dir / PAIRS_NAME, self.is_main)
+        # Ranks that saw different pairs would wait for each other for ever.
+        self.log.lines = broadcast_object_list([self.log.lines])[0]
         self._encoded: tuple[str, EncodedTask] | None = None
+        self._choose_precision(args)
+
+    @property
+    def model_name(self) -> str:
+        """Name on the Hub, or of the folder alone: results travel with the model, the rest of the path is private."""
+        folder = Path(self.encoder.model_name_or_path)
+        return folder.resolve().name if folder.is_dir() else self.encoder.model_name_or_path
 
     def _load_own_data(self) -> TaskData:
         glue = self.glue
@@ -149,7 +172,22 @@ class GlueRun:
             glue.text_columns,
             glue.label_column,
             glue.task_name,
+            glue.regression,
         )
+
+    def _choose_precision(self, args: FineTuningArguments) -> None:
+        """Decide `args.bf16` where it is open: as in an earlier run of this encoder, else by measuring."""
+        bf16 = bool(args.bf16)
+        if args.bf16 is None and not args.fp16:
+            earlier = self.log.find(encoder_id=self.encoder_id)
+            task = self.encoded(self.tasks[0])
+            decision = (
+                earlier["setting"]["bf16"]
+                if earlier
+                else FineTuner(self.encoder, args, self.tokenizer).prefers_bf16(task)
+            )
+            bf16 = broadcast_object_list([decision])[0]
+        args.set_precision(bf16)
 
     def encoded(self, task: Task) -> EncodedTask:
         """The task in token ids; the last one is kept, since its seeds follow each other."""
@@ -160,71 +198,109 @@ class GlueRun:
         return self._encoded[1]
 
     def setting_id(self, args: FineTuningArguments) -> str:
-        """Names everything that decides the scores."""
-        glue = self.glue
-        files = {
-            path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            for path in (glue.train_file, glue.validation_file, glue.test_file)
-            if path is not None
-        }
-        decisive = [self.encoder_id, args.setting, files, glue.glue_data, glue.max_train_samples, glue.metric,
-                    glue.text_columns, glue.label_column]  # fmt: skip
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+        """Names what decides the scores of every task."""
+        metric = Path(self.glue.metric or "")
+        settings = [self.encoder_id, args.setting, self.glue.max_train_samples, self.glue.metric]
+        return hash_of(settings, [metric] if metric.is_file() else [])
 
-    def run(self, args: FineTuningArguments, seeds: Sequence[int], title: str = "") -> dict[str, Any]:
-        """Score every pair that is not yet in the log, and aggregate all of them."""
+    def data_id(self, task: Task) -> str:
+        """Names the data of a task: by content, where it lies in files."""
+        glue = self.glue
+        if glue.uses_own_data:
+            files = [
+                Path(path) for path in (glue.train_file, glue.validation_file, glue.test_file) if path is not None
+            ]
+            return hash_of([glue.text_columns, glue.label_column, glue.regression], files)
+        if glue.glue_data is None:
+            return GLUE_NAME
+        return hash_of(task.name, sorted(Path(glue.glue_data, task.name).glob("*.parquet")))
+
+    def run(
+        self, args: FineTuningArguments, seeds: Sequence[int], title: str = "", keep_model: bool = False
+    ) -> dict[str, Any]:
+        """Score every pair that is not yet in the log, and aggregate all; `keep_model` saves the first seed's."""
         setting_id = self.setting_id(args)
-        log = PairLog(self.output_dir / PAIRS_NAME, setting_id, self.is_main)
         tuner = FineTuner(self.encoder, args, self.tokenizer)
         pairs = list(itertools.product(self.tasks, seeds))
+        finished: dict[tuple[str, int], dict[str, Any]] = {}
         layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         with tqdm(total=len(pairs), bar_format=layout, disable=not self.is_main, dynamic_ncols=True) as bar:
             for number, (task, seed) in enumerate(pairs):
                 bar.set_description_str(f"{title}{task.name} seed {seed} ({number + 1}/{len(pairs)})")
-                if log.find(task.name, seed) is None:
-                    log.add(self._run_pair(tuner, task, seed, setting_id, partial(fill_up, bar, number + 1)))
+                key = {"setting_id": setting_id, "task": task.name, "seed": seed, "data_id": self.data_id(task)}
+                is_kept = keep_model and seed == seeds[0]
+                line = self.log.find(**key)
+                if line is None or (is_kept and not self._holds_model(task, key)):
+                    advance = partial(fill_up, bar, number + 1)
+                    line = {**key, **self._run_pair(tuner, task, seed, setting_id, advance, key if is_kept else None)}
+                    self.log.add(line)
+                finished[task.name, seed] = line
                 bar.update(number + 1 - bar.n)
         scores: dict[str, dict[int, dict[str, float]]] = {}
-        for task, seed in pairs:
-            for column, metrics in (log.find(task.name, seed) or {})["scores"].items():
+        for (_, seed), line in finished.items():
+            for column, metrics in line["scores"].items():
                 scores.setdefault(column, {})[seed] = metrics
-        results = aggregate(scores, headline_metrics(self.tasks))
+        # The unit of somebody else's metric is not known: it is reported, not averaged.
+        headlines = headline_metrics(self.tasks) if self.glue.metric is None else {}
         return {
-            "model": self.encoder.model_name_or_path,
-            **results,
+            "model": self.model_name,
+            **aggregate(scores, headlines),
             "from_scratch": self.encoder.from_scratch,
-            "setting": args.setting,
+            "setting": {
+                **args.setting,
+                **{name: getattr(self.encoder, name) for name in ("dropout", "pooling", "max_seq_length")},
+                "max_train_samples": self.glue.max_train_samples,
+                "metric": self.glue.metric,
+            },
             "setting_id": setting_id,
             "examples_per_second": {
-                task.name: (log.find(task.name, seeds[0]) or {})["examples_per_second"] for task in self.tasks
+                task.name: finished[task.name, seeds[0]]["examples_per_second"] for task in self.tasks
             },
         }
 
     def _run_pair(
-        self, tuner: FineTuner, task: Task, seed: int, setting_id: str, advance: Callable[[float], None]
+        self,
+        tuner: FineTuner,
+        task: Task,
+        seed: int,
+        setting_id: str,
+        advance: Callable[[float], None],
+        kept_as: dict[str, Any] | None,
     ) -> dict[str, Any]:
         encoded = self.encoded(task)
         metric, factor = load_metric(self.glue.metric, task)
 
         def score(predictions: Any, references: Any) -> dict[str, float]:
             values = metric.compute(predictions=predictions, references=references) or {}
-            return {name: factor * float(value) for name, value in values.items()}
+            return {
+                name: factor * float(value)
+                for name, value in values.items()
+                if isinstance(value, float | int | np.number)
+            }
 
-        saves = self.glue.uses_own_data if self.glue.save_models is None else self.glue.save_models
         folder = self.output_dir / task.name
-        save_to = folder if saves and seed == parse_seeds("seeds", self.glue.seeds)[0] else None
-        result = tuner.run(encoded, seed, score, advance, save_to)
+        staging = self.output_dir / f".{task.name}.saving"
+        result = tuner.run(encoded, seed, score, advance, staging if kept_as else None)
         if self.is_main:
+            if kept_as is not None:
+                write_json_atomically(staging / KEPT_NAME, kept_as)
+                shutil.rmtree(folder, ignore_errors=True)
+                staging.rename(folder)
             for name, outputs in result.test_outputs.items():
                 write_predictions(prediction_path(self.output_dir, setting_id, name, seed), encoded.data.task, outputs)
         return {
-            "task": task.name,
-            "seed": seed,
+            "encoder_id": self.encoder_id,
             "scores": result.scores,
             "train_seconds": round(result.train_seconds, 2),
             "examples_per_second": round(result.examples_per_second, 1),
             "setting": tuner.args.setting,
         }
+
+    def _holds_model(self, task: Task, key: dict[str, Any]) -> bool:
+        """Whether the folder of the task's model holds the one of this pair; rank 0's answer counts."""
+        path = self.output_dir / task.name / KEPT_NAME
+        held = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == key
+        return broadcast_object_list([held])[0]
 
     def search(self, args: FineTuningArguments) -> FineTuningArguments:
         """The one setting, for all tasks, with the best average on the grid."""
@@ -244,7 +320,7 @@ class GlueRun:
             candidate = args.with_setting(learning_rate, batch_size, epochs)
             average = self.run(candidate, seeds, f"setting {number + 1}/{len(grid)}, ")["average"]
             if average is None:
-                raise GlueError("A search needs a task that enters the average")
+                raise GlueError("A search needs a task that enters the average, and its own metric")
             tried.append((average, candidate))
             logger.info(
                 "learning rate %g, batch size %d, %g epochs: average %.2f", learning_rate, batch_size, epochs, average
@@ -256,15 +332,16 @@ class GlueRun:
         folder = self.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         write_json_atomically(folder / RESULTS_NAME, results)
-        name = Path(self.encoder.model_name_or_path).name + (" from scratch" if self.encoder.from_scratch else "")
-        draw_chart(results, self.tasks, name, folder / CHART_NAME)
+        name = self.model_name + (" from scratch" if self.encoder.from_scratch else "")
+        if self.glue.metric is None:
+            draw_chart(results, self.tasks, name, folder / CHART_NAME)
         headlines = headline_metrics(self.tasks)
         files = {}
         for task in self.tasks:
             column = next(iter(task.validation_splits))
             values = headline_entry(results, column, headlines[column])["values"]
             seed = median_seed(dict(zip(results["seeds"], values, strict=True)))
-            for file_name in task.test_splits:
+            for file_name in (*task.test_splits, *(["AX"] if task.name == "mnli" else [])):
                 path = prediction_path(folder, results["setting_id"], file_name, seed)
                 if path.exists():
                     files[file_name] = path
@@ -273,10 +350,11 @@ class GlueRun:
         self._share_with_model(results)
 
     def _share_with_model(self, results: dict[str, Any]) -> None:
-        """Put the results beside a local model, and into its card: they are pushed with it."""
-        model_folder = Path(self.encoder.model_name_or_path)
-        if self.encoder.from_scratch or not model_folder.is_dir() or not update_model_card(model_folder, results):
+        """Put the results of GLUE beside a local model, and into its card: they are pushed with it."""
+        folder = Path(self.encoder.model_name_or_path)
+        is_ours = folder.is_dir() and not self.encoder.from_scratch
+        if not is_ours or self.glue.uses_own_data or self.glue.metric is not None:
             return
-        if model_folder.resolve() != self.output_dir.resolve():
+        if update_model_card(folder, results) and folder.resolve() != self.output_dir.resolve():
             for name in (RESULTS_NAME, CHART_NAME):
-                shutil.copyfile(self.output_dir / name, model_folder / name)
+                shutil.copyfile(self.output_dir / name, folder / name)

@@ -344,9 +344,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="default: the model's folder, where it is a local one")
     parser.add_argument("--limit", type=int, help="pairs to take from each file or configuration")
     parser.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help="tokens of a batch")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--bf16", action="store_true", help="score in bf16: faster on some devices, less exact")
+    parser.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="faster after half a minute of compiling: worth it from some ten thousand pairs",
+    )
     return parser
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or a GPU where there is one. Raises [`MinimalPairsError`] for one that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA asserts
+        cause = str(error).strip().splitlines()[0]
+        raise MinimalPairsError(f"--device {name} cannot be used ({cause}): leave it out, or name cpu") from error
+    return device
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -354,15 +370,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
     for name in ("limit", "batch_tokens"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
+        if vars(options)[name] is not None and vars(options)[name] < 1:
             parser.error(f"--{name} must be at least 1")
     model_folder = Path(options.model)
     output_dir = options.output_dir or (model_folder if model_folder.is_dir() else Path("."))
     try:
         pairs = read_pairs(options.pairs, options.limit)
-        model, tokenizer = load_model(options.model, torch.device(options.device), options.bf16)
+        transformers_logging.disable_progress_bar()  # one bar, over the tokens
+        model, tokenizer = load_model(options.model, choose_device(options.device), options.bf16)
+        if options.torch_compile:
+            compile_encoder(model)
         results = {
-            "model": options.model,
+            # A folder's name only: the file travels with the checkpoint, and the rest of the path is nobody's business.
+            "model": model_folder.resolve().name if model_folder.is_dir() else options.model,
             **score_pairs(model, tokenizer, pairs, options.batch_tokens, show_progress=True),
         }
         print(results_table(results))

@@ -13,13 +13,15 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, SHARED, VOCAB_SIZE
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 import run_glue
 from hf_cram import CrammedBertForMaskedLM
 from hf_cram.fine_tuning import EncoderArguments, fingerprint, parameter_groups, set_dropout
-from hf_cram.glue import METRIC_PATH, TASKS, GlueError, aggregate, choose_tasks, headline_metrics, load_own_task
+from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics, load_own_task
+from hf_cram.glue_outputs import submission_lines
 from hf_cram.glue_run import parse_seeds
 from hf_cram.paper_results import PAPER_GLUE_ROWS
 
@@ -67,6 +69,10 @@ def glue_data(tmp_path_factory):
     write_task(folder, "stsb", {"train": 64, "validation": 32})
     splits = ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
     write_task(folder, "mnli", {"train": 48, **dict.fromkeys(splits, 24)}, labels=3)
+    texts = sentences(12, 9)[0]
+    (folder / "ax").mkdir()
+    diagnostic = {"premise": texts, "hypothesis": texts, "label": [-1] * 12}
+    datasets.Dataset.from_dict(diagnostic).to_parquet(folder / "ax" / "test-00000-of-00001.parquet")
     write_task(folder, "wnli", {"train": 16, "validation": 16})
     return folder
 
@@ -155,7 +161,7 @@ def test_all_outputs_of_a_run(monkeypatch, capsys, glue_data, model_folder, tmp_
     assert f"{accuracy['median']:.1f}" in printed
 
     with zipfile.ZipFile(out / "glue_submission.zip") as archive:
-        assert sorted(archive.namelist()) == ["MNLI-m.tsv", "MNLI-mm.tsv", "SST-2.tsv"]
+        assert sorted(archive.namelist()) == ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "SST-2.tsv"]
         table = {
             name: list(csv.reader(io.TextIOWrapper(archive.open(name)), delimiter="\t")) for name in archive.namelist()
         }
@@ -299,6 +305,62 @@ def test_another_metric_of_evaluate(monkeypatch, glue_data, model_folder, tmp_pa
     assert results_of(out)["tasks"]["sst2"]["hits"]["median"] % 1 == 0
 
 
+def test_values_of_a_regression_are_cut_for_the_benchmark_only():
+    own = Task("prices", ("text",), "pearson", (), {}, {})
+    assert submission_lines(own, np.array([-3.25, 120.5])) == [(0, "-3.25"), (1, "120.5")]
+    assert submission_lines(TASKS["stsb"], np.array([-3.25, 2.5, 120.5])) == [(0, "0"), (1, "2.5"), (2, "5")]
+
+
+def test_precision_is_decided_once_and_kept(monkeypatch, glue_data, model_folder, tmp_path):
+    answers = iter([True])  # a second measurement would fail
+    monkeypatch.setattr("hf_cram.fine_tuning.bf16_trains_faster", lambda model, batch: next(answers))
+    AcceleratorState._reset_state()
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out]
+    arguments += ["--num_train_epochs", "1", "--tasks", "wnli,stsb"]
+    run(monkeypatch, *arguments, "--seeds", "1")
+    run(monkeypatch, *arguments, "--seeds", "2")
+    lines = [json.loads(line) for line in (out / "glue_runs.jsonl").read_text().splitlines()]
+    assert [line["setting"]["bf16"] for line in lines] == [True] * 4
+    AcceleratorState._reset_state()
+
+
+def test_other_data_are_other_pairs(monkeypatch, model_folder, tmp_path):
+    out, folder = tmp_path / "out", tmp_path / "data"
+    arguments = [
+        "--model_name_or_path",
+        model_folder,
+        "--glue_data",
+        folder,
+        "--output_dir",
+        out,
+        *FAST,
+        "--seeds",
+        "1",
+    ]
+    for count in (16, 16, 24):  # the third is new data in the same place
+        write_task(folder, "wnli", {"train": count, "validation": 16})
+        run(monkeypatch, *arguments)
+    assert len((out / "glue_runs.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_kept_model_is_the_one_of_the_results(monkeypatch, model_folder, tmp_path):
+    texts, labels = sentences(32, 0)
+    datasets.Dataset.from_dict({"text": texts, "label": labels}).to_csv(tmp_path / "train.csv")
+    arguments = ["--model_name_or_path", model_folder, "--train_file", tmp_path / "train.csv", "--validation_file"]
+    arguments += [tmp_path / "train.csv", *FAST, "--seeds", "1"]
+    out = model_folder.with_name("model-train")  # not the folder of the pretrained model
+
+    def weights(learning_rate):
+        run(monkeypatch, *arguments, "--learning_rate", learning_rate)
+        return AutoModelForSequenceClassification.from_pretrained(out / "train").classifier.weight
+
+    first, second, third = weights("1e-3"), weights("3e-3"), weights("1e-3")
+    assert not torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert not (model_folder / "glue_results.json").exists()
+
+
 # ---- Mistakes ----
 
 
@@ -326,6 +388,8 @@ def test_tasks_default_to_those_that_are_there(glue_data, tmp_path):
         ({"text": ["a", "b"], "label": ["x", "y"]}, {"text": ["a"], "label": ["z"]}, "dev.csv: label 'z' does not occur"),
         ({"text": ["a", "b"], "label": ["x", "x"]}, {"text": ["a"], "label": ["x"]}, "all rows have the label 'x'"),
         ({"text": ["a", "b"], "class": [0, 1]}, {"text": ["a"], "class": [0]}, "train.csv: no column 'label'"),
+        ({"text": ["a", "b", "c"], "label": [0, 1, None]}, {"text": ["a"], "label": [0]}, "train.csv: rows without a value"),
+        ({"text": ["a", "b"], "label": [0.5, 1.0]}, {"text": ["a"], "label": ["x"]}, "dev.csv: .* must hold numbers"),
         ({"n": [1, 2], "label": [0, 1]}, {"n": [1], "label": [0]}, "--text_columns"),
     ],
 )  # fmt: skip
@@ -334,6 +398,23 @@ def test_own_data_that_cannot_be_used(tmp_path, train, validation, message):
         datasets.Dataset.from_dict(columns).to_csv(tmp_path / f"{name}.csv")
     with pytest.raises(GlueError, match=message):
         load_own_task(str(tmp_path / "train.csv"), str(tmp_path / "dev.csv"))
+
+
+def test_own_data_does_not_take_the_name_of_a_task(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).to_csv(tmp_path / "mrpc.csv")
+    for name in (None, "..", "a/b"):
+        with pytest.raises(GlueError, match="choose another with --task_name"):
+            load_own_task(str(tmp_path / "mrpc.csv"), str(tmp_path / "mrpc.csv"), name=name)
+
+
+def test_a_label_column_beside_the_one_that_is_named(tmp_path):
+    columns = {"text": ["a", "b", "c"], "label": ["x", "y", "x"], "stars": [1, 5, 3]}
+    datasets.Dataset.from_dict(columns).to_csv(tmp_path / "train.csv")
+    paths = [str(tmp_path / "train.csv")] * 2
+    classes = load_own_task(*paths, label_column="stars")
+    assert classes.task.label_names == ("1", "3", "5")
+    assert list(classes.train["label"]) == [0, 2, 1]
+    assert load_own_task(*paths, label_column="stars", regression=True).is_regression
 
 
 @pytest.mark.parametrize("name", ["absent.csv", "notes.txt", "broken.csv", "broken.parquet", "empty.csv"])

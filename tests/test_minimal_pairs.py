@@ -17,6 +17,7 @@ from hf_cram import CrammedBertForMaskedLM
 from hf_cram.minimal_pairs import (
     MinimalPair,
     MinimalPairsError,
+    compile_encoder,
     main,
     pseudo_log_likelihoods,
     read_pairs,
@@ -65,6 +66,14 @@ def test_scores_are_those_of_one_token_at_a_time(models, tokenizer, name, batch_
     expected = [obvious_score(model, tokenizer, text) for text in texts]
     scores = pseudo_log_likelihoods(model, tokenizer, texts, batch_tokens=batch_tokens)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["crammed_bert", "bert"])
+def test_a_compiled_encoder_gives_the_same_scores(models, tokenizer, name):
+    expected = pseudo_log_likelihoods(models[name], tokenizer, sentences(12))
+    compile_encoder(models[name])
+    np.testing.assert_allclose(pseudo_log_likelihoods(models[name], tokenizer, sentences(12)), expected, atol=1e-4)
 
 
 def test_a_model_in_training_mode_stays_in_it(models, tokenizer):
@@ -169,6 +178,7 @@ def test_the_program_writes_results_and_card(model_folder, capsys):
     main([str(model_folder), "--pairs", str(PAIRS)])
     results = json.loads((model_folder / "minimal_pairs_results.json").read_text())
     assert results["pairs"] == 40
+    assert results["model"] == model_folder.name  # and not where it lies
     assert set(results["phenomena"]) == {path.stem for path in PAIRS.glob("*.jsonl")}
     printed = capsys.readouterr().out
     assert f"{results['accuracy']:.1f}" in printed
@@ -181,6 +191,7 @@ def test_the_program_writes_results_and_card(model_folder, capsys):
     [
         (["{model}", "--pairs", "absent.jsonl"], "absent.jsonl: no such file or folder"),
         (["{empty}", "--pairs", str(PAIRS)], "does not load as a masked language model"),
+        (["{model}", "--pairs", str(PAIRS), "--device", "nowhere"], "--device nowhere cannot be used"),
     ],
 )
 def test_mistakes_are_one_line(model_folder, tmp_path, arguments, message):
