@@ -1,6 +1,7 @@
 # Every bar of the project has a command here.
 
-.PHONY: install lint test test-slow test-kill benchmark-data benchmark-throughput benchmark-startup quickstart
+.PHONY: install lint test test-slow test-kill benchmark-data benchmark-throughput benchmark-startup benchmark-glue \
+	benchmark-minimal-pairs quickstart glue
 
 install:
 	pip install -e '.[dev]'
@@ -8,7 +9,7 @@ install:
 lint:
 	ruff check .
 	ruff format --check .
-	mypy hf_cram run_mlm_cram.py
+	mypy hf_cram run_mlm_cram.py run_glue.py
 	mlinter --no-progress hf_cram
 
 test:
@@ -30,5 +31,20 @@ benchmark-throughput:
 benchmark-startup:
 	python benchmarks/startup.py
 
+# Both need the quickstart's model in out/quickstart.
+benchmark-glue:
+	python benchmarks/glue.py
+
+benchmark-minimal-pairs:
+	python benchmarks/minimal_pairs.py
+
 quickstart:
 	accelerate launch run_mlm_cram.py training_args/quickstart.yaml
+
+# The README's table: the quickstart's model against the same network from scratch.
+GLUE_DATA = ../shared/data/glue
+GLUE = python run_glue.py training_args/glue_small.yaml --model_name_or_path out/quickstart --glue_data $(GLUE_DATA) \
+	--tasks stsb,cola,mrpc,sst2 --max_train_samples 10000 --seeds 3
+glue:
+	$(GLUE)
+	$(GLUE) --from_scratch true

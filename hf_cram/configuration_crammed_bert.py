@@ -77,7 +77,9 @@ class CrammedBertConfig(PreTrainedConfig):
         initializer_range (`float`): standard deviation of every matrix at the start.
         classifier_hidden_size (`int`): width of the layer before the classifier (paper: 1024).
         classifier_activation (`str`): its activation.
-        classifier_pooling (`str`): what a sequence classifier reads: `"cls"` (first token) or `"mean"` (all tokens).
+        classifier_pooling (`str`): what a sequence classifier reads: `"cls"` (first token), `"mean"` (all tokens) or
+            `"segments"` (the means of both texts of a pair, told apart by `token_type_ids`, their absolute difference
+            and their product; Conneau et al. 2017).
         classifier_dropout (`float`): dropout before the classifier.
     """
 
@@ -116,7 +118,7 @@ class CrammedBertConfig(PreTrainedConfig):
 
     classifier_hidden_size: int = 1024
     classifier_activation: str = "tanh"
-    classifier_pooling: Literal["cls", "mean"] = "cls"
+    classifier_pooling: Literal["cls", "mean", "segments"] = "cls"
     classifier_dropout: float | int = 0.1
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
@@ -62,7 +63,8 @@ class EncoderArguments:
     pooling: str | None = field(
         default=None,
         metadata={
-            "help": "What the classifier reads, for models with classifier_pooling: cls or mean; none: the model's."
+            "help": "What the classifier reads, for models with classifier_pooling: cls, mean, or (the crammed BERT) "
+            "segments: both texts of a pair apart; none: the model's."
         },
     )
     trust_remote_code: bool = field(
@@ -222,10 +224,7 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
     try:
         config = AutoConfig.from_pretrained(encoder.model_name_or_path, **kwargs)
         set_dropout(config, encoder.dropout)
-        if encoder.pooling is not None:
-            if not hasattr(config, "classifier_pooling"):
-                raise GlueError(f"pooling: {config.model_type} has no classifier_pooling; leave pooling out")
-            config.classifier_pooling = encoder.pooling
+        set_pooling(config, encoder.pooling)
         if encoder.from_scratch:
             return AutoModelForSequenceClassification.from_config(
                 config, dtype=torch.float32, trust_remote_code=encoder.trust_remote_code
@@ -238,6 +237,8 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
             output_loading_info=True,
             trust_remote_code=encoder.trust_remote_code,
         )
+    except GlueError:
+        raise
     except (OSError, ValueError) as error:
         raise GlueError(
             f"model_name_or_path: {encoder.model_name_or_path} does not load as a sequence classifier: "
@@ -250,6 +251,18 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
             len(missing), encoder.model_name_or_path, missing[0],
         )  # fmt: skip
     return model
+
+
+def set_pooling(config: Any, pooling: str | None) -> None:
+    """Set what the classifier reads. Raises [`GlueError`] where the model has no such choice."""
+    if pooling is None:
+        return
+    if not hasattr(config, "classifier_pooling"):
+        raise GlueError(f"pooling: {config.model_type} has no classifier_pooling; leave pooling out")
+    try:
+        config.classifier_pooling = pooling
+    except StrictDataclassError as error:
+        raise GlueError(f"pooling: {config.model_type} has no {pooling!r}: {' '.join(str(error).split())}") from error
 
 
 def set_dropout(config: Any, dropout: float | None) -> None:
@@ -329,7 +342,11 @@ class EncodedTask:
 
 
 def encode_task(
-    data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, max_train_samples: int | None = None
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_train_samples: int | None = None,
+    with_segments: bool = False,
 ) -> EncodedTask:
     """Encode every split; `max_train_samples` keeps a random part of training, the same for every model and seed."""
     train = data.train
@@ -337,9 +354,12 @@ def encode_task(
         train = train.shuffle(seed=0).select(range(max_train_samples))
     return EncodedTask(
         data,
-        encode(train, data.task, tokenizer, max_length),
-        {column: encode(split, data.task, tokenizer, max_length) for column, split in data.validation.items()},
-        {name: encode(split, data.task, tokenizer, max_length) for name, split in data.test.items()},
+        encode(train, data.task, tokenizer, max_length, with_segments),
+        {
+            column: encode(split, data.task, tokenizer, max_length, with_segments)
+            for column, split in data.validation.items()
+        },
+        {name: encode(split, data.task, tokenizer, max_length, with_segments) for name, split in data.test.items()},
     )
 
 

@@ -194,7 +194,12 @@ class GlueRun:
         if self._encoded is None or self._encoded[0] != task.name:
             data = self.own_data or load_glue_task(task, self.glue.glue_data)
             max_length = min(self.encoder.max_seq_length, self.tokenizer.model_max_length)
-            self._encoded = task.name, encode_task(data, self.tokenizer, max_length, self.glue.max_train_samples)
+            self._encoded = (
+                task.name,
+                encode_task(
+                    data, self.tokenizer, max_length, self.glue.max_train_samples, self.encoder.pooling == "segments"
+                ),
+            )
         return self._encoded[1]
 
     def setting_id(self, args: FineTuningArguments) -> str:

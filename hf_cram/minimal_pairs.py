@@ -145,6 +145,8 @@ def score_pairs(
     Returns `{"accuracy", "pairs", "phenomena": {name: {"accuracy", "pairs"}}}`; the first is the mean over all pairs.
     Raises [`MinimalPairsError`] as [`pseudo_log_likelihoods`] does.
     """
+    if not pairs:
+        raise MinimalPairsError("There are no pairs to score")
     sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
     places = [pair.place for pair in pairs for _ in (pair.good, pair.bad)]
     scores = pseudo_log_likelihoods(model, tokenizer, sentences, batch_tokens, show_progress, places)
@@ -341,7 +343,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help=".jsonl(.gz) files in BLiMP's format, folders of them, or data sets on the Hub such as nyu-mll/blimp",
     )
-    parser.add_argument("--output_dir", type=Path, help="default: the model's folder, where it is a local one")
+    parser.add_argument(
+        "--output_dir", type=Path, help="default: the model's folder, or the current one for a model of the Hub"
+    )
     parser.add_argument("--limit", type=int, help="pairs to take from each file or configuration")
     parser.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help="tokens of a batch")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")

@@ -456,7 +456,8 @@ class CrammedBertClassificationHead(nn.Module):
 
     def __init__(self, config: CrammedBertConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.classifier_hidden_size)
+        vectors = 4 if config.classifier_pooling == "segments" else 1
+        self.dense = nn.Linear(vectors * config.hidden_size, config.classifier_hidden_size)
         self.act = ACT2FN[config.classifier_activation]
         self.dropout = nn.Dropout(config.classifier_dropout)
 
@@ -478,14 +479,30 @@ class CrammedBertClassifier(nn.Linear):
         return super().forward(hidden_states)
 
 
-def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, classifier_pooling: str) -> torch.Tensor:
-    """One vector a sequence: its first token's, or the mean over the tokens that are not padding. (B, L, H) -> (B, H)"""
+def mean_of(hidden_states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens that `kept` (B, L) marks with 1; zeros where there is none. (B, L, H) -> (B, H)"""
+    kept = kept.unsqueeze(-1).to(hidden_states.dtype)  # (B, L, 1)
+    return (hidden_states * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+
+
+def pool(
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    classifier_pooling: str,
+) -> torch.Tensor:
+    """
+    What a classifier reads of a sequence (B, L, H): its first token or the mean over the tokens that are not padding,
+    (B, H); or of a pair both means, their absolute difference and their product, (B, 4 H).
+    """
     if classifier_pooling == "cls":
         return hidden_states[:, 0]
-    if attention_mask is None:
-        return hidden_states.mean(dim=1)
-    kept = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (B, L, 1)
-    return (hidden_states * kept).sum(dim=1) / kept.sum(dim=1)
+    kept = torch.ones_like(hidden_states[..., 0]) if attention_mask is None else attention_mask  # (B, L)
+    if classifier_pooling == "mean":
+        return mean_of(hidden_states, kept)
+    is_second = torch.zeros_like(kept) if token_type_ids is None else token_type_ids.to(kept.dtype)
+    first, second = mean_of(hidden_states, kept * (1 - is_second)), mean_of(hidden_states, kept * is_second)
+    return torch.cat((first, second, (first - second).abs(), first * second), dim=-1)
 
 
 @auto_docstring(
@@ -526,7 +543,7 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)  # (B, H)
+        pooled = pool(outputs.last_hidden_state, attention_mask, token_type_ids, self.config.classifier_pooling)
         logits = self.classifier(self.head(pooled))  # (B, num_labels)
         loss = None
         if labels is not None:
@@ -668,16 +685,16 @@ class CrammedBertForMultipleChoice(CrammedBertPreTrainedModel):
             Index of the right choice.
         """
         num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        attention_mask = flatten_choices(attention_mask)
+        attention_mask, token_type_ids = flatten_choices(attention_mask), flatten_choices(token_type_ids)
         outputs = self.model(
             input_ids=flatten_choices(input_ids),
             attention_mask=attention_mask,
-            token_type_ids=flatten_choices(token_type_ids),
+            token_type_ids=token_type_ids,
             position_ids=flatten_choices(position_ids),
             inputs_embeds=flatten_choices(inputs_embeds),
             **kwargs,
         )
-        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)  # (B * choices, H)
+        pooled = pool(outputs.last_hidden_state, attention_mask, token_type_ids, self.config.classifier_pooling)
         logits = self.classifier(self.head(pooled)).view(-1, num_choices)  # (B, choices)
         loss = None
         if labels is not None:

@@ -229,6 +229,16 @@ def test_the_search_picks_one_setting_for_all_tasks(monkeypatch, glue_data, mode
     assert len(lines) == 4 * 2 + 2  # the second seed of both tasks; the first was run in the search
 
 
+def test_both_texts_of_a_pair_can_be_pooled_apart(monkeypatch, glue_data, model_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST]
+    run(monkeypatch, *arguments, "--tasks", "stsb", "--seeds", "1", "--pooling", "segments", "--save_models", "true")
+    model = AutoModelForSequenceClassification.from_pretrained(out / "stsb")
+    assert model.head.dense.in_features == 4 * model.config.hidden_size
+    with pytest.raises(GlueError, match="pooling: crammed_bert has no 'max'"):
+        run(monkeypatch, *arguments, "--tasks", "stsb", "--seeds", "1", "--pooling", "max")
+
+
 def test_other_architectures_are_scored_by_the_same_command(monkeypatch, glue_data, tokenizer, tmp_path):
     folder = tmp_path / "bert"
     config = BertConfig(

@@ -482,7 +482,7 @@ def test_fine_tuning_heads_give_losses(tiny_config):
         CrammedBertForMultipleChoice: {"labels": torch.tensor([2])},
     }  # fmt: skip
     for model_class, targets in labels.items():
-        for pooling in ("cls", "mean"):
+        for pooling in ("cls", "mean", "segments"):
             model = model_class(changed(tiny_config, classifier_pooling=pooling))
             loss = model(**head_inputs(model_class), **targets).loss
             loss.backward()
@@ -493,6 +493,26 @@ def test_fine_tuning_heads_give_losses(tiny_config):
     logits = regression.eval()(input_ids=input_ids).logits
     loss = regression(input_ids=input_ids, labels=values).loss
     torch.testing.assert_close(loss, ((logits[:, 0] - values) ** 2).mean())
+
+
+def test_segments_are_pooled_apart(tiny_config):
+    config = changed(tiny_config, classifier_pooling="segments")
+    model = CrammedBertForSequenceClassification(config).eval()
+    input_ids = masked_batch(rows=2, length=10)[0]
+    attention_mask, token_type_ids = torch.ones_like(input_ids), torch.zeros_like(input_ids)
+    token_type_ids[:, 6:] = 1
+    attention_mask[1, 8:] = 0
+    states = model.model(input_ids, attention_mask=attention_mask).last_hidden_state
+    for row, end in ((0, 10), (1, 8)):
+        first, second = states[row, :6].mean(0), states[row, 6:end].mean(0)
+        expected = model.classifier(model.head(torch.cat([first, second, (first - second).abs(), first * second])))
+        logits = model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits[row]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-6)
+    # A single text has no second segment, which is nothing but zeros.
+    first = model.model(input_ids[:1]).last_hidden_state[0].mean(0)
+    zeros = torch.zeros_like(first)
+    expected = model.classifier(model.head(torch.cat([first, zeros, first.abs(), zeros])))
+    torch.testing.assert_close(model(input_ids[:1]).logits[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_mean_pooling_leaves_padding_out(tiny_config):
