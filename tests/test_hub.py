@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from datasets import Dataset
 from hub_server import CUT, SILENCE, TOKEN, Fault, running_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
@@ -34,7 +35,7 @@ CODE = {"configuration_crammed_bert.py", "modeling_crammed_bert.py"}
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RESULTS = {"README.md", "all_results.json", "recipe.yaml", "loss_curve.png"}
 HEADS = ("", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification",
-         "ForQuestionAnswering", "ForMultipleChoice")  # fmt: skip
+         "ForQuestionAnswering", "ForMultipleChoice", "ForTextEncoding")  # fmt: skip
 COMMAND = re.compile(r"python -m hf_cram\.hub (.*)")
 
 # Forks each command that is asked for: the imports are paid once, the commands are processes of their own. The waits
@@ -311,6 +312,26 @@ def test_a_checkpoint_can_be_pushed_by_the_command(pushed, run, server):
     status, log = run("hf_cram.hub", checkpoint)
     assert status == 0, log
     assert set(server.repositories[f"me/{checkpoint.name}"].files) == CODE | MODEL
+
+
+def test_glue_results_and_card_are_pushed_with_the_model(pushed, run, server, tmp_path):
+    model, data = tmp_path / "model", tmp_path / "glue" / "wnli"
+    shutil.copytree(pushed[-1], model, ignore=shutil.ignore_patterns("checkpoint-*"))
+    data.mkdir(parents=True)
+    rows = {"sentence1": ["the old man saw a boat"] * 8, "sentence2": ["a boat went home"] * 8, "label": [0, 1] * 4}
+    for split in ("train", "validation"):
+        Dataset.from_dict(rows).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    status, log = run(
+        REPOSITORY / "run_glue.py", "--model_name_or_path", model, "--glue_data", data.parent, "--seeds", "1", "--bf16",
+        "false", "--num_train_epochs", "1", "--push_to_hub", "true", "--hub_model_id", "me/scored",
+    )  # fmt: skip
+    assert status == 0, log
+    files = server.repositories["me/scored"].files
+    assert set(files) == CODE | MODEL | RESULTS | {"glue_results.json", "glue_results.png", ".eval_results/glue.yaml"}
+    assert json.loads(files["glue_results.json"])["model"] == "model"
+    results = ModelCard(files["README.md"].decode()).data.eval_results
+    assert {result.dataset_name for result in results if result.metric_type == "accuracy"} == {"GLUE WNLI"}
+    assert TOKEN not in log
 
 
 @pytest.mark.parametrize("mistake", ["no folder", "no model", "only checkpoints", "bad name", "bad card"])
