@@ -10,7 +10,6 @@ The recipe is a YAML file of the fields below; the command line overrides it.
 import logging
 import os
 import sys
-from pathlib import Path
 
 import datasets
 
@@ -45,17 +44,18 @@ def main() -> None:
         print(results_table(results, run.tasks))
         print(run.output_dir / RESULTS_NAME)
         if training_args.push_to_hub:
-            push(run.output_dir, encoder, training_args)
+            push(run, training_args)
 
 
-def push(output_dir: Path, encoder: EncoderArguments, training_args: FineTuningArguments) -> None:
-    """Push the model with its results and its card."""
-    folder = Path(encoder.model_name_or_path)
-    if encoder.from_scratch or not folder.is_dir():
-        logger.warning("Nothing is pushed: the results in %s are not those of a local folder's model", output_dir)
+def push(run: GlueRun, training_args: FineTuningArguments) -> None:
+    """Push the model with its results and its card, or of own data the fine-tuned model."""
+    folder = run.shared_folder
+    if folder is None:
+        logger.warning("Nothing is pushed: the results in %s belong to no model of a local folder", run.output_dir)
         return
-    target = HubTarget(training_args.hub_model_id or folder.resolve().name, training_args.hub_private_repo)
-    push_or_warn(folder, target, "Add GLUE results")
+    model_id = training_args.hub_model_id or folder.resolve().name
+    target = HubTarget(model_id, training_args.hub_private_repo, training_args.hub_revision)
+    push_or_warn(folder, target, "Add GLUE results" if run.own_data is None else "Fine-tuned model")
 
 
 if __name__ == "__main__":

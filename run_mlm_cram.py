@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hf_cram.checkpointing import CheckpointError
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 from hf_cram.data.sources import DataError
+from hf_cram.files import write_atomically
 from hf_cram.launching import start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
@@ -39,6 +40,12 @@ logger = logging.getLogger("hf_cram")
 # Held-out loss is always measured with these masks, whatever the training's rate and seed.
 EVAL_MLM_PROBABILITY = 0.15
 EVAL_MASK_SEED = 2212
+# Of the Trainer's own fields, those that a recipe is made of.
+TRAINER_FIELDS = (
+    "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
+    "data_seed", "fp16", "tf32", "gradient_checkpointing", "train_sampling_strategy", "dataloader_num_workers",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,9 +60,20 @@ class MaskingArguments:
     random_replace_prob: float = field(default=0.1, metadata={"help": "Share of them shown as a random token."})
 
 
+@dataclass
+class CardArguments:
+    """What the model card says of text and model."""
+
+    language: str = field(default="en", metadata={"help": "Language of the text, a code of the Hub; none: left out."})
+    model_license: str = field(
+        default="apache-2.0", metadata={"help": "Licence of the model, an identifier of the Hub; none: left out."}
+    )
+
+
 def main() -> int:
-    parser = RecipeParser((ModelArguments, DataArguments, MaskingArguments, CramTrainingArguments))
-    model_args, data_args, masking_args, training_args = parser.parse(sys.argv[1:])
+    parser = RecipeParser((ModelArguments, DataArguments, MaskingArguments, CardArguments, CramTrainingArguments))
+    model_args, data_args, masking_args, card_args, training_args = parser.parse(sys.argv[1:])
+    recipe = shareable(parser.given)
     is_main = training_args.process_index == 0
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
@@ -112,6 +130,8 @@ def main() -> int:
             "Stopped by %s with a checkpoint: continue with --resume_from_checkpoint true",
             trainer.interrupted_by.name,
         )
+        if trainer.pusher is not None:
+            trainer.pusher.clear()
         return 128 + trainer.interrupted_by
 
     # The clock has stopped: saving and the final evaluation are reported apart.
@@ -133,27 +153,25 @@ def main() -> int:
     )
     trainer.save_metrics("all", results, combined=False)
     if is_main:
-        recipe = shareable(parser.given)
-        temporary = trainer.output_dir / ".recipe.yaml"
-        temporary.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        os.replace(temporary, trainer.output_dir / "recipe.yaml")
-        write_card(trainer, corpus.tokenizer, results, data_args, recipe)
+        write_atomically(trainer.output_dir, {"recipe.yaml": yaml.safe_dump(recipe).encode()})
+        write_card(trainer, corpus.tokenizer, results, data_args, card_args, recipe)
         if training_args.push_to_hub:
             trainer.push_to_hub()
     return 0
 
 
 def shareable(given: dict[str, Any]) -> dict[str, Any]:
-    """The recipe in plain values, without what belongs to one machine or account."""
-    local = ("train_files", "tokenizer_name", "resume_from_checkpoint", "run_name", "push_to_hub")
-    return {
+    """The recipe in plain values: the fields that decide the result, without what belongs to a machine or an account."""
+    decisive = {*TRAINER_FIELDS, *CramTrainingArguments.__annotations__}
+    decisive |= {spec.name for part in (ModelArguments, DataArguments, MaskingArguments) for spec in fields(part)}
+    local = {"train_files", "tokenizer_name", "cache_dir"}
+    plain = {
         name: value.value if isinstance(value, Enum) else value
         for name, value in given.items()
-        if name not in local
-        and not name.endswith("_dir")
-        and not name.startswith("hub_")
-        and not (name == "dataset_name" and Path(str(value)).exists())
+        if name in decisive - local and not (name == "dataset_name" and Path(str(value)).exists())
     }
+    yaml.safe_dump(plain)  # a mistake of ours is to show before training
+    return plain
 
 
 def hub_dataset(data_args: DataArguments) -> str | None:
@@ -170,7 +188,12 @@ def describe_hardware(args: CramTrainingArguments) -> str:
 
 
 def write_card(
-    trainer: CramTrainer, tokenizer: Any, results: dict[str, Any], data_args: DataArguments, recipe: dict[str, Any]
+    trainer: CramTrainer,
+    tokenizer: Any,
+    results: dict[str, Any],
+    data_args: DataArguments,
+    card_args: CardArguments,
+    recipe: dict[str, Any],
 ) -> None:
     """Print a few filled-in sentences and write README.md into the output folder."""
     fills = fill_sentences(trainer.model, tokenizer)
@@ -186,6 +209,8 @@ def write_card(
         num_parameters=results["num_parameters"],
         sequence_length=data_args.max_seq_length,
         dataset_name=hub_dataset(data_args),
+        language=None if card_args.language == "none" else card_args.language,
+        license_name=None if card_args.model_license == "none" else card_args.model_license,
     )
     save_model_card(card, trainer.output_dir)
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from .files import write_atomically
 from .glue import COLUMNS, Task, headline_metrics
-from .paper_results import GLUE_COLUMNS, PAPER_GLUE_ROWS
+from .paper_results import PAPER_GLUE_ROWS, TASK_TITLES
 
 PAIRS_NAME = "glue_runs.jsonl"
 RESULTS_NAME = "glue_results.json"
 CHART_NAME = "glue_results.png"
 SUBMISSION_NAME = "glue_submission.zip"
-COLUMN_TITLES = {**GLUE_COLUMNS, "wnli": "WNLI"}
 
 
 class PairLog:
@@ -33,7 +33,8 @@ class PairLog:
         self.path, self.is_writer = path, is_writer
         self.lines = _whole_lines(path)
         if is_writer and path.exists() and not path.read_bytes().endswith(b"\n"):
-            _write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+            lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_atomically(path.parent, {path.name: lines.encode()})
 
     def find(self, **values: Any) -> dict[str, Any] | None:
         """The last line with these values."""
@@ -61,12 +62,6 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def results_table(results: Mapping[str, Any], tasks: Sequence[Task]) -> str:
     """A line a column and metric with the median and all seeds, the average at the end; for the terminal."""
     headlines = headline_metrics(tasks)
@@ -75,9 +70,7 @@ def results_table(results: Mapping[str, Any], tasks: Sequence[Task]) -> str:
         for metric, entry in metrics.items():
             mark = "*" if metric == headlines.get(column) else " "
             values = " ".join(f"{value:.1f}" for value in entry["values"])
-            lines.append(
-                f"{COLUMN_TITLES.get(column, column):<16}{metric + mark:<22}{entry['median']:>8.1f}   {values}"
-            )
+            lines.append(f"{TASK_TITLES.get(column, column):<16}{metric + mark:<22}{entry['median']:>8.1f}   {values}")
     if results["average"] is not None:
         lines.append(f"{'average':<16}{average_note(results):<22}{results['average']:>8.1f}   (* enters it)")
     return "\n".join(lines)
@@ -116,12 +109,12 @@ def draw_chart(results: Mapping[str, Any], tasks: Sequence[Task], name: str, pat
         heights = [row[columns[place]] for place in places]
         bars = axes.bar([place + (number - 1) * width for place in places], heights, width, label=row_name)
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
-    axes.set_xticks(range(len(columns)), [COLUMN_TITLES.get(column, column) for column in columns])
+    axes.set_xticks(range(len(columns)), [TASK_TITLES.get(column, column) for column in columns])
     axes.set_ylabel("score (per cent)")
     axes.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
-    _write_whole(path, buffer.getvalue())
+    write_atomically(path.parent, {path.name: buffer.getvalue()})
 
 
 def submission_lines(task: Task, outputs: np.ndarray) -> list[tuple[int, str]]:
@@ -143,8 +136,7 @@ def write_predictions(path: Path, task: Task, outputs: np.ndarray) -> None:
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerows([("index", "prediction"), *submission_lines(task, outputs)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, text.getvalue().encode())
+    write_atomically(path.parent, {path.name: text.getvalue().encode()})
 
 
 def write_submission(path: Path, files: Mapping[str, Path]) -> None:
@@ -153,7 +145,7 @@ def write_submission(path: Path, files: Mapping[str, Path]) -> None:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, source in files.items():
             archive.write(source, f"{name}.tsv")
-    _write_whole(path, buffer.getvalue())
+    write_atomically(path.parent, {path.name: buffer.getvalue()})
 
 
 def median_seed(by_seed: Mapping[int, float]) -> int:

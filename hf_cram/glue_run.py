@@ -116,21 +116,19 @@ def parse_seeds(name: str, text: str) -> list[int]:
     return numbers if "," in text else list(range(1, numbers[0] + 1))
 
 
-def output_folder(encoder: EncoderArguments, output_dir: str | None, task_name: str | None = None) -> Path:
+def output_folder(encoder: EncoderArguments, output_dir: str | None, endings: Sequence[str] = ()) -> Path:
     """
     Where the results go: `output_dir`, or the model's own folder where it is a local one, else `out/glue/<model>`.
 
-    Results from scratch, and those of own data (`task_name`), never go into the folder of the pretrained model, but into
-    `<folder>-from-scratch` and `<folder>-<task_name>`.
+    Results from scratch, and those that have `endings` (own data, another metric), never go into the folder of the
+    pretrained model, but beside it: `<folder>-<ending>-from-scratch`.
     """
     if output_dir and output_dir != DEFAULT_OUTPUT_DIR:
         return Path(output_dir)
     folder = Path(encoder.model_name_or_path).resolve()
     if not folder.is_dir():
         folder = Path("out", "glue", folder.name)
-    endings = [task_name] if task_name else []
-    endings += ["from-scratch"] if encoder.from_scratch else []
-    return folder.with_name("-".join([folder.name, *endings]))
+    return folder.with_name("-".join([folder.name, *endings, *(["from-scratch"] if encoder.from_scratch else [])]))
 
 
 def fill_up(bar: tqdm, end: float, share: float) -> None:
@@ -146,7 +144,9 @@ class GlueRun:
         self.is_main = args.process_index == 0
         self.tokenizer = load_tokenizer(encoder)
         self.own_data = self._load_own_data() if glue.uses_own_data else None
-        self.output_dir = output_folder(encoder, args.output_dir, self.own_data.task.name if self.own_data else None)
+        endings = [self.own_data.task.name] if self.own_data else []
+        endings += [Path(glue.metric).stem] if glue.metric else []
+        self.output_dir = output_folder(encoder, args.output_dir, endings)
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
         self.encoder_id = fingerprint(encoder)
         self.log = PairLog(self.output_dir / PAIRS_NAME, self.is_main)
@@ -255,7 +255,7 @@ class GlueRun:
                 **args.setting,
                 **{name: getattr(self.encoder, name) for name in ("dropout", "pooling", "max_seq_length")},
                 "max_train_samples": self.glue.max_train_samples,
-                "metric": self.glue.metric,
+                "metric": Path(self.glue.metric).name if self.glue.metric else None,
             },
             "setting_id": setting_id,
             "examples_per_second": {
@@ -354,12 +354,21 @@ class GlueRun:
             write_submission(folder / SUBMISSION_NAME, files)
         self._share_with_model(results)
 
+    @property
+    def shared_folder(self) -> Path | None:
+        """The local folder whose model these results belong to: the encoder's, or of own data the kept model's."""
+        if self.own_data is not None:
+            return self.output_dir / self.own_data.task.name if self.glue.keeps_models else None
+        folder = Path(self.encoder.model_name_or_path)
+        is_ours = folder.is_dir() and not self.encoder.from_scratch and self.glue.metric is None
+        return folder if is_ours else None
+
     def _share_with_model(self, results: dict[str, Any]) -> None:
         """Put the results of GLUE beside a local model, and into its card: they are pushed with it."""
-        folder = Path(self.encoder.model_name_or_path)
-        is_ours = folder.is_dir() and not self.encoder.from_scratch
-        if not is_ours or self.glue.uses_own_data or self.glue.metric is not None:
+        folder = self.shared_folder
+        if folder is None or self.own_data is not None:
             return
-        if update_model_card(folder, results) and folder.resolve() != self.output_dir.resolve():
+        update_model_card(folder, results)
+        if folder.resolve() != self.output_dir.resolve():
             for name in (RESULTS_NAME, CHART_NAME):
                 shutil.copyfile(self.output_dir / name, folder / name)

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils._http import default_client_factory
 from transformers.dynamic_module_utils import get_relative_import_files
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ RETRY_SECONDS = (5.0, 20.0, 60.0)
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 # Without it the client waits for ever for a server that has gone silent.
 SILENCE_SECONDS = 120.0
+# How long the end of a run waits for a checkpoint that is on its way.
+FINISH_SECONDS = 900.0
 PUSHING_NAME = ".pushing"
 # All that is ever pushed, beside the code files that config.json names: no optimiser, no state of a run, nothing else
 # that may lie in the folder.
@@ -161,14 +164,21 @@ def _with_retries(
 
 @contextlib.contextmanager
 def _one_voice() -> Iterator[None]:
-    """Keep the client from warning about each of its own retries: the push says once how it went."""
+    """Keep the client from warning about its own retries, since the push says how it went, and from waiting for ever."""
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
-    get_session().timeout = SILENCE_SECONDS
+    set_client_factory(_impatient_client)
     try:
         yield
     finally:
+        set_client_factory(default_client_factory)
         hub_logging.set_verbosity(verbosity)
+
+
+def _impatient_client() -> Any:
+    client = default_client_factory()
+    client.timeout = SILENCE_SECONDS
+    return client
 
 
 def _create_repository(target: HubTarget) -> str:
@@ -225,7 +235,7 @@ class HubPusher:
         self._finishing = threading.Event()
         self._is_refused = False
         self._has_warned = False
-        shutil.rmtree(output_dir / PUSHING_NAME, ignore_errors=True)  # of a killed run
+        self.clear()  # those of a killed run
         # A daemon: an interrupted run, whose checkpoint is safe, does not wait for it.
         self._thread = threading.Thread(target=self._work, name="hf_cram-push", daemon=True)
         self._thread.start()
@@ -253,9 +263,18 @@ class HubPusher:
             self._finishing.set()
             self._changed.notify()
         with contextlib.suppress(KeyboardInterrupt):
-            self._thread.join()
-        shutil.rmtree(self.output_dir / PUSHING_NAME, ignore_errors=True)
+            self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():  # what it pushes would land after the result
+            logger.warning(
+                "A checkpoint is still being pushed: %s is not. Push it with: %s", folder, self.target.command(folder)
+            )
+            return False
+        self.clear()
         return push_or_warn(folder, self.target, commit_message)
+
+    def clear(self) -> None:
+        """Let go of the checkpoints that wait."""
+        shutil.rmtree(self.output_dir / PUSHING_NAME, ignore_errors=True)
 
     def _work(self) -> None:
         self._attempt(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
@@ -306,7 +307,7 @@ def load_model(name_or_path: str, device: torch.device, bf16: bool = False) -> t
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
         cause = str(error).strip().splitlines()[0]
         raise MinimalPairsError(f"{name_or_path} does not load as a masked language model: {cause}") from error
     if info["missing_keys"]:
@@ -392,7 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(results_table(results))
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json_atomically(output_dir / RESULTS_NAME, results)
-        if model_folder.is_dir():
+        if model_folder.is_dir():  # the figure is pushed with the model
+            write_json_atomically(model_folder / RESULTS_NAME, results)
             update_model_card(model_folder, minimal_pairs=results)
     except (MinimalPairsError, ModelCardError, OSError) as error:
         sys.exit(f"hf_cram.minimal_pairs: error: {error}")

@@ -1,6 +1,5 @@
 """The model card of a run, from plain values."""
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
-from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS
+from .files import write_atomically
+from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, TASK_TITLES
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARD_NAME = "README.md"
@@ -24,7 +24,6 @@ EVAL_FOLDER = ".eval_results"
 GLUE_DATASET = "nyu-mll/glue"
 MINIMAL_PAIRS_DATASET = "minimal-pairs"
 MLM_METRIC = "MLM loss at 15 % fixed masks (nats)"
-TITLES = {**GLUE_COLUMNS, "wnli": "WNLI"}
 # Data set configuration and split of the columns that are not a configuration's only validation split.
 MNLI_SPLITS = {"mnli": ("mnli", "validation_matched"), "mnli_mismatched": ("mnli", "validation_mismatched")}
 # The paper's rows that bound what pretraining can bring, and its two versions at a day on one GPU.
@@ -54,6 +53,8 @@ def build_model_card(
     num_parameters: int,
     sequence_length: int,
     dataset_name: str | None = None,
+    language: str | None = "en",
+    license_name: str | None = "apache-2.0",
     glue_results: Mapping[str, Any] | None = None,
     minimal_pairs: Mapping[str, Any] | None = None,
 ) -> ModelCard:
@@ -70,14 +71,16 @@ def build_model_card(
         num_parameters: parameters of the model.
         sequence_length: tokens of a training row.
         dataset_name: the text's data set on the Hub, if it is one.
+        language: of the text, a code of the Hub; `None` leaves it out.
+        license_name: of the model, an identifier of the Hub; `None` leaves it out.
         glue_results: the content of `glue_results.json`, of GLUE or of own data.
         minimal_pairs: the content of `minimal_pairs_results.json`, in per cent.
     """
     budget = results.get("time_budget_seconds")
     eval_loss = results.get("eval_loss")
     data = ModelCardData(
-        language="en",
-        license="apache-2.0",
+        language=language,
+        license=license_name,
         library_name="transformers",
         pipeline_tag="fill-mask",
         datasets=[dataset_name] if dataset_name else None,
@@ -98,8 +101,9 @@ def build_model_card(
         sequence_length=sequence_length,
         tokens_seen=f"{results['tokens_seen']:,}",
         tokens_per_second=f"{results['tokens_per_second']:,.0f}",
-        eval_loss="not evaluated" if eval_loss is None else f"{eval_loss:.3f}",
-        eval_perplexity="" if eval_loss is None else f"{results['eval_perplexity']:.1f}",
+        eval_loss="not evaluated"
+        if eval_loss is None
+        else f"{eval_loss:.3f} nats at 15 % fixed masks, perplexity {results['eval_perplexity']:.1f}",
         skipped_steps=results["skipped_steps"],
         fills=[{"sentence": fill["sentence"], "fills": _cell(", ".join(fill["fills"]))} for fill in fills],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=True).strip(),
@@ -114,12 +118,7 @@ def save_model_card(card: ModelCard, folder: Path) -> None:
     contents = {CARD_NAME: str(card)}
     for name, entries in _eval_entries(card.data).items():
         contents[f"{EVAL_FOLDER}/{name}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-    for name, content in contents.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
+    write_atomically(folder, {name: content.encode() for name, content in contents.items()})
 
 
 def update_model_card(
@@ -228,7 +227,7 @@ def own_data_section(results: Mapping[str, Any]) -> str:
 
 def _metrics_table(results: Mapping[str, Any]) -> str:
     rows = [
-        [_cell(TITLES.get(column, column)), _cell(metric.replace("_", " ")), f"{entry['median']:.1f}",
+        [_cell(TASK_TITLES.get(column, column)), _cell(metric.replace("_", " ")), f"{entry['median']:.1f}",
          ", ".join(f"{value:.1f}" for value in entry["values"])]
         for column, entries in results["tasks"].items()
         for metric, entry in entries.items()
@@ -283,9 +282,9 @@ def _glue_eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
                 EvalResult(
                     task_type="text-classification",
                     task_name="Text classification",
-                    dataset_type=GLUE_DATASET if column in TITLES else column,
-                    dataset_name=f"GLUE {TITLES[column]}" if column in TITLES else column,
-                    dataset_config=config if column in TITLES else None,
+                    dataset_type=GLUE_DATASET if column in TASK_TITLES else column,
+                    dataset_name=f"GLUE {TASK_TITLES[column]}" if column in TASK_TITLES else column,
+                    dataset_config=config if column in TASK_TITLES else None,
                     dataset_split=split,
                     metric_type=metric,
                     metric_name=f"{metric} (per cent, median of {seeds} seed{'s' if seeds > 1 else ''})",

@@ -497,10 +497,11 @@ def pool(
     """
     if classifier_pooling == "cls":
         return hidden_states[:, 0]
-    kept = torch.ones_like(hidden_states[..., 0]) if attention_mask is None else attention_mask  # (B, L)
+    ones = torch.ones_like(hidden_states[..., 0])  # (B, L)
+    kept = ones if attention_mask is None else attention_mask.to(ones.dtype)
     if classifier_pooling == "mean":
         return mean_of(hidden_states, kept)
-    is_second = torch.zeros_like(kept) if token_type_ids is None else token_type_ids.to(kept.dtype)
+    is_second = torch.zeros_like(ones) if token_type_ids is None else token_type_ids.to(ones.dtype)
     first, second = mean_of(hidden_states, kept * (1 - is_second)), mean_of(hidden_states, kept * is_second)
     return torch.cat((first, second, (first - second).abs(), first * second), dim=-1)
 

@@ -19,6 +19,8 @@ GLUE_COLUMNS = {
     "mrpc": "MRPC",
     "cola": "CoLA",
 }
+# Titles of all tasks: WNLI is reported as well.
+TASK_TITLES = {**GLUE_COLUMNS, "wnli": "WNLI"}
 # WNLI has a metric, but no column: it is reported, never averaged.
 HEADLINE_METRICS = {
     "mnli": "accuracy",

@@ -10,13 +10,13 @@ import argparse
 import csv
 import io
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_atomically
 from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS
 
 RESULTS_NAME = "all_results.json"
@@ -170,6 +170,8 @@ def _glue(path: Path) -> dict[str, Any]:
     results = _read_json(path)
     if not isinstance(results.get("tasks"), dict):
         raise ReportError(f"{path} has no 'tasks': let run_glue.py write it again")
+    if isinstance(results.get("setting"), dict) and results["setting"].get("metric") is not None:
+        return {}  # another metric may go by the same name, in another unit
     scores = {
         column: _number(path, results, "tasks", column, HEADLINE_METRICS[column], "median") for column in GLUE_COLUMNS
     }
@@ -288,20 +290,6 @@ def draw_glue(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-def write_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write all files under temporary names, then rename them: a full disk leaves an earlier report as it was."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}" for name in contents}
-    try:
-        for name, content in contents.items():
-            temporary[name].write_bytes(content)
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the folders, write the report, print the table."""
     parser = argparse.ArgumentParser(prog="hf_cram.report", description="One table and one picture across runs.")
@@ -318,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "report.png": draw_report(runs),
     }
     try:
-        write_files(options.output_dir, contents)
+        write_atomically(options.output_dir, contents)
     except OSError as error:
         raise ReportError(f"the report cannot be written to {options.output_dir}: {error.strerror}") from error
     print(tables[options.format], end="")
