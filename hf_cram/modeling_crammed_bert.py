@@ -44,7 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_crammed_bert import CrammedBertConfig
 
 # Each branch below is one finding of the paper against the original BERT's choice, tested side by side.
-# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit
+# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit, config.classifier_pooling
 
 
 def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
