@@ -22,12 +22,16 @@ def test_flops_of_a_row_are_those_of_its_matrix_products(tiny_config):
     positions = torch.tensor([[1, 2, 3, 4]] * 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     counted = training_flops(model, {"input_ids": input_ids, "labels": input_ids, "masked_positions": positions})
-    H, I, L = 32, 64, 2  # noqa: E741
+    H, I = 32, 64  # noqa: E741
     tokens, masked = 32, 8
-    weights = L * (3 * H * H + H * H + H * I + I // 2 * H)
-    attention = L * 2 * 16 * H  # scores and sums over 16 positions
+    query_key_value = 3 * H * H
+    rest = (
+        2 * 16 * H + H * H + H * I + I // 2 * H
+    )  # scores and sums over 16 positions, output projection, feed-forward
+    first_layer = tokens * (query_key_value + rest)
+    last_layer = tokens * query_key_value + masked * rest
     # forward once, backward twice; two operations a product
-    assert counted == 6 * (tokens * (weights + attention) + masked * H * VOCAB_SIZE)
+    assert counted == 6 * (first_layer + last_layer + masked * H * VOCAB_SIZE)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
