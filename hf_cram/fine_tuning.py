@@ -201,6 +201,20 @@ def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def longest_example(encoder: EncoderArguments, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest example: `max_seq_length`, or what tokenizer and model can take where that is less."""
+    try:
+        config = AutoConfig.from_pretrained(
+            encoder.model_name_or_path, trust_remote_code=encoder.trust_remote_code
+        ).to_dict()
+    except (OSError, ValueError) as error:
+        raise GlueError(
+            f"model_name_or_path: no configuration loads from {encoder.model_name_or_path}: {first_line(error)}"
+        ) from error
+    positions = config.get("max_position_embeddings") or encoder.max_seq_length
+    return min(encoder.max_seq_length, tokenizer.model_max_length, positions)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return str(error).strip().split("\n")[0]

@@ -24,6 +24,7 @@ from .fine_tuning import (
     fingerprint,
     hash_of,
     load_tokenizer,
+    longest_example,
 )
 from .glue import (
     GLUE_NAME,
@@ -193,7 +194,7 @@ class GlueRun:
         """The task in token ids; the last one is kept, since its seeds follow each other."""
         if self._encoded is None or self._encoded[0] != task.name:
             data = self.own_data or load_glue_task(task, self.glue.glue_data)
-            max_length = min(self.encoder.max_seq_length, self.tokenizer.model_max_length)
+            max_length = longest_example(self.encoder, self.tokenizer)
             self._encoded = (
                 task.name,
                 encode_task(
