@@ -44,7 +44,7 @@ EVAL_MASK_SEED = 2212
 TRAINER_FIELDS = (
     "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
     "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
-    "data_seed", "fp16", "tf32", "gradient_checkpointing", "train_sampling_strategy", "dataloader_num_workers",
+    "data_seed", "fp16", "bf16", "tf32", "gradient_checkpointing", "train_sampling_strategy", "dataloader_num_workers",
 )  # fmt: skip
 
 

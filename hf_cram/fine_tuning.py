@@ -38,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 from .glue import GlueError, TaskData, encode
 from .hardware import bf16_trains_faster
 from .optimization import decayed_parameter_names
+from .training_args import OpenPrecisionArguments
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class EncoderArguments:
 
 
 @dataclass
-class FineTuningArguments(TrainingArguments):
+class FineTuningArguments(OpenPrecisionArguments):
     """
     [`~transformers.TrainingArguments`] with the paper's protocol as default (section 5.1): 5 epochs of 16 examples, peak
     learning rate 4e-5, cosine after 10 % of warm-up.
@@ -98,9 +99,6 @@ class FineTuningArguments(TrainingArguments):
     head_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the new head in multiples of learning_rate."}
     )
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "bf16 autocast; default: whichever is faster for this model and task."}
-    )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length pads least; random, sequential."}
     )
@@ -112,16 +110,10 @@ class FineTuningArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Unused here: examples hold inputs only."})
 
     def __post_init__(self) -> None:
-        # The base class refuses bf16 on a CPU that was not asked for by use_cpu.
-        asked_for_bf16, self.bf16 = self.bf16, False
         super().__post_init__()
-        self.bf16 = asked_for_bf16
-        if self.hub_token is not None:
-            raise ValueError("hub_token would end up in logs: set HF_TOKEN or log in instead")
         for name in ("layer_lr_decay", "head_lr_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
     def with_seed(self, seed: int) -> "FineTuningArguments":
         """A copy for one seed."""

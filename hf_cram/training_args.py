@@ -11,7 +11,34 @@ from .budget import Interval, build_lr_schedule, parse_duration
 
 
 @dataclass
-class CramTrainingArguments(TrainingArguments):
+class OpenPrecisionArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] that leave bf16 open until it is measured, and know it on CPUs too."""
+
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bf16 autocast; default: whichever a short measurement finds faster."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.hub_token is not None:
+            raise ValueError("hub_token would be written to training_args.bin: set HF_TOKEN or log in instead")
+        # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
+        asked_for_bf16, self.bf16 = self.bf16, False
+        super().__post_init__()
+        self._set_bf16(asked_for_bf16)
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    def _set_bf16(self, asked_for: bool | None) -> None:
+        if asked_for and self.fp16:
+            raise ValueError("bf16 and fp16 are both true: choose one")
+        if asked_for and self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("bf16: true, but this GPU has no bf16: use fp16: true")
+        self.bf16 = asked_for
+        if asked_for:
+            self.mixed_precision = "bf16"
+
+
+@dataclass
+class CramTrainingArguments(OpenPrecisionArguments):
     """
     [`~transformers.TrainingArguments`] with a wall-clock budget. At least one of `time_budget` and `max_steps` is set;
     where both are, the run ends at whichever comes first, and what is scheduled follows the larger of the two used
@@ -59,9 +86,6 @@ class CramTrainingArguments(TrainingArguments):
         default=10,
         metadata={"help": "Steps in a row with a loss or gradient that is not finite before the run stops."},
     )
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "bf16 autocast; default: whichever a two-second measurement finds faster."}
-    )
     torch_compile: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Compile the model; default: where it can pay off inside the budget."}
     )
@@ -94,11 +118,7 @@ class CramTrainingArguments(TrainingArguments):
             self.do_eval = True
         # The batch sampler continues at the next unseen row by itself.
         self.ignore_data_skip = True
-        # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
-        asked_for_bf16, self.bf16 = self.bf16, False
         super().__post_init__()
-        self._set_bf16(asked_for_bf16)
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
         build_lr_schedule(self.lr_schedule, self.lr_schedule_shape)
         self._check_batch()
 
@@ -117,15 +137,6 @@ class CramTrainingArguments(TrainingArguments):
         """Rows of a full optimiser step over all processes."""
         return self.train_batch_rows or self.smallest_batch_rows
 
-    def _set_bf16(self, asked_for: bool | None) -> None:
-        if asked_for and self.fp16:
-            raise ValueError("bf16 and fp16 are both true: choose one")
-        if asked_for and self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError("bf16: true, but this GPU has no bf16: use fp16: true")
-        self.bf16 = asked_for
-        if asked_for:
-            self.mixed_precision = "bf16"
-
     def _check_fields(self) -> None:
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
@@ -133,8 +144,6 @@ class CramTrainingArguments(TrainingArguments):
             )
         if self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end has no place under a budget: the last model is the result")
-        if self.hub_token is not None:
-            raise ValueError("hub_token would be written to training_args.bin: set HF_TOKEN or log in instead")
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE, "end", "every_save"):
             raise ValueError(
                 "hub_strategy would upload the optimiser's state, which is not safetensors: use every_save or end"

@@ -28,6 +28,15 @@ def repository() -> Path:
     return REPOSITORY
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small are slower on two threads, in this process and in those that it starts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tiny_config() -> CrammedBertConfig:
     return CrammedBertConfig(

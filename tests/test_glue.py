@@ -53,13 +53,7 @@ def write_task(folder, task, sizes, labels=2):
         datasets.Dataset.from_dict({**columns, "idx": list(range(count))}).to_parquet(path)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models lose time with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
