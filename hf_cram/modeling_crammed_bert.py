@@ -44,7 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_crammed_bert import CrammedBertConfig
 
 # Each branch below is one finding of the paper against the original BERT's choice, tested side by side.
-# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit, config.classifier_pooling
+# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit, config.classifier_pooling, config.qk_norm
 
 
 def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
@@ -74,6 +74,12 @@ def take_positions(hidden_states: torch.Tensor, positions: torch.Tensor) -> torc
     """The tokens at `positions` (B, K) of each row: (B, L, H) -> (B, K, H)."""
     rows = torch.arange(hidden_states.shape[0], device=hidden_states.device).unsqueeze(1)  # (B, 1)
     return hidden_states[rows, positions]
+
+
+def take_table_rows(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The angles at `positions` (B, K): (B or 1, 1, L, D) -> (B, 1, K, D)."""
+    table = table.expand(positions.shape[0], -1, -1, -1)
+    return table.gather(2, positions[:, None, :, None].expand(-1, -1, -1, table.shape[-1]))
 
 
 def build_norm(config: CrammedBertConfig) -> nn.Module:
@@ -181,6 +187,24 @@ class CrammedBertAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.linear_bias)
 
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, L, H) -> (B, N, L, D)"""
+        return states.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def project(
+        self, hidden_states: torch.Tensor, output_positions: torch.LongTensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, N, L or K, D), keys and values (B, N, L, D)."""
+        if output_positions is None:
+            query, key, value = self.query_key_value(hidden_states).chunk(3, dim=-1)
+            return self.split_heads(query), self.split_heads(key), self.split_heads(value)
+        # One matrix, but the queries of the other tokens are not wanted.
+        size, weight, bias = hidden_states.shape[-1], self.query_key_value.weight, self.query_key_value.bias
+        biases = (None, None) if bias is None else (bias[:size], bias[size:])
+        query = nn.functional.linear(take_positions(hidden_states, output_positions), weight[:size], biases[0])
+        key, value = nn.functional.linear(hidden_states, weight[size:], biases[1]).chunk(2, dim=-1)
+        return self.split_heads(query), self.split_heads(key), self.split_heads(value)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -189,14 +213,14 @@ class CrammedBertAttention(nn.Module):
         output_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_size, length, _ = hidden_states.shape
-        query_key_value = self.query_key_value(hidden_states).view(batch_size, length, 3, -1, self.head_size)
-        query, key, value = query_key_value.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, L, D)
+        query, key, value = self.project(hidden_states, output_positions)
+        if self.config.qk_norm:
+            query, key = (nn.functional.rms_norm(p, (self.head_size,), eps=self.config.norm_eps) for p in (query, key))
         if rotary_positions is not None:
-            query, key = rotate(query, *rotary_positions), rotate(key, *rotary_positions)
-        if output_positions is not None:
-            index = output_positions[:, None, :, None].expand(-1, query.shape[1], -1, self.head_size)
-            query = query.gather(2, index)  # (B, N, K, D)
+            key = rotate(key, *rotary_positions)
+            if output_positions is not None:
+                rotary_positions = tuple(take_table_rows(table, output_positions) for table in rotary_positions)
+            query = rotate(query, *rotary_positions)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -349,11 +373,12 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         rotary_positions = None if self.rotary_table is None else self.rotary_table(position_ids)
         # A mask would have to be cut to the positions, in each attention implementation's own form.
         narrows_last_layer = output_positions is not None and attention_mask is None
-        for layer in self.layers[:-1] if narrows_last_layer else self.layers:
-            hidden_states = layer(hidden_states, attention_mask, rotary_positions, **kwargs)
-        if narrows_last_layer:
-            hidden_states = self.layers[-1](hidden_states, None, rotary_positions, output_positions, **kwargs)
-        elif output_positions is not None:
+        for index, layer in enumerate(self.layers):
+            is_narrow = narrows_last_layer and index == len(self.layers) - 1
+            hidden_states = layer(
+                hidden_states, attention_mask, rotary_positions, output_positions if is_narrow else None, **kwargs
+            )
+        if output_positions is not None and not narrows_last_layer:
             hidden_states = take_positions(hidden_states, output_positions)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 

@@ -38,7 +38,7 @@ from .checkpointing import (
 )
 from .hardware import bf16_is_faster, compile_pays_off, largest_linear_shape, measure_matmul_flops, training_flops
 from .hub import HubPusher, HubTarget
-from .optimization import decayed_parameter_names
+from .optimization import MuonWithAdamW, decayed_parameter_names, muon_parameter_groups
 from .row_stream import BudgetBatchSampler, RowStream
 from .training_args import CramTrainingArguments
 
@@ -406,6 +406,16 @@ class CramTrainer(Trainer):
             self.lr_scheduler = BudgetLRScheduler(getattr(optimizer, "optimizer", optimizer), factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        args = self.args
+        if self.optimizer is not None or args.muon_learning_rate is None:
+            return super().create_optimizer(model)
+        groups = muon_parameter_groups(
+            self.model if model is None else model, args.learning_rate, args.muon_learning_rate, args.weight_decay
+        )
+        self.optimizer = MuonWithAdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+        return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameter_names(model)

@@ -73,6 +73,13 @@ class CramTrainingArguments(OpenPrecisionArguments):
             "reaches train_batch_rows (paper: 0.6); 0 starts with the full batch."
         },
     )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of Muon for the matrices of the layers (about 0.02); learning_rate is then AdamW's "
+            "for the rest. Default: AdamW for all."
+        },
+    )
     logging_interval: str | None = field(
         default=None, metadata={"help": "Log every '1%' of the budget, or every '30s' of the clock."}
     )

@@ -32,7 +32,7 @@ HEADS = (
     CrammedBertForQuestionAnswering,
     CrammedBertForMultipleChoice,
 )
-# One finding of the paper each, turned back alone.
+# One finding each (of the paper's, turned back), alone.
 SWITCHES = {
     "num_attention_heads": 2,
     "qkv_bias": True,
@@ -43,6 +43,7 @@ SWITCHES = {
     "embedding_norm": False,
     "norm_type": "rms_norm",
     "gated_linear_unit": False,
+    "qk_norm": True,
     "prediction_head": True,
     "tie_word_embeddings": False,
     "type_vocab_size": 2,
@@ -95,6 +96,8 @@ def reference_loss(model, input_ids, labels):
             for head in range(config.num_attention_heads):
                 part = slice(head * head_size, (head + 1) * head_size)
                 q, k, v = (qkv[:, i * config.hidden_size : (i + 1) * config.hidden_size][:, part] for i in range(3))
+                if config.qk_norm:
+                    q, k = (part / torch.sqrt((part * part).mean(-1, keepdim=True)) for part in (q, k))
                 if kind == "rotary":
                     q, k = reference_rotate(q, config), reference_rotate(k, config)
                 scores = q @ k.T / math.sqrt(head_size)
@@ -151,6 +154,7 @@ def changed(config, **fields):
         {},
         *({name: value} for name, value in SWITCHES.items()),
         *({"position_embedding_type": p} for p in POSITIONS[1:]),
+        {"position_embedding_type": "rotary", "qk_norm": True, "gated_linear_unit": False},
     ],
     ids=str,
 )
@@ -326,7 +330,11 @@ def test_training_with_positions_returns_the_loss_alone(tiny_config):
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"position_embedding_type": "rotary"}, {"norm_scheme": "post", "final_norm": False}],
+    [
+        {},
+        {"position_embedding_type": "rotary", "qk_norm": True},
+        {"norm_scheme": "post", "final_norm": False, "qkv_bias": True},
+    ],
     ids=["default", "rotary", "post_norm"],
 )
 def test_the_last_layer_at_masked_positions_only_is_exact(tiny_config, switches, padded, implementation):

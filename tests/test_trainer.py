@@ -119,6 +119,14 @@ def test_schedules_follow_the_clock_and_the_run_stops_at_the_budget(tiny_config,
     assert trainer.run_state.tokens_seen == 16 * sum(steps)
 
 
+def test_both_learning_rates_of_muon_follow_the_clock(tiny_config, tokenizer, tmp_path):
+    trainer, _ = run_with_fake_clock(
+        tiny_config, tokenizer, tmp_path, time_budget="5s", lr_schedule="linear",
+        lr_scheduler_kwargs={"final_factor": 0.5}, muon_learning_rate=0.04,
+    )  # fmt: skip
+    assert sorted({group["lr"] for group in trainer.optimizer.param_groups}) == pytest.approx([5e-3, 0.02])
+
+
 def test_stop_is_at_most_one_step_late(tiny_config, tokenizer, tmp_path):
     trainer, _ = run_with_fake_clock(tiny_config, tokenizer, tmp_path, seconds=3.0, time_budget="10s")
     assert trainer.state.global_step == 4
@@ -177,13 +185,13 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_stop_and_resume_equals_the_uninterrupted_run(tiny_config, tokenizer, tmp_path, dropout):
+@pytest.mark.parametrize(("dropout", "muon"), [(0.0, None), (0.1, None), (0.0, 0.02)])
+def test_stop_and_resume_equals_the_uninterrupted_run(tiny_config, tokenizer, tmp_path, dropout, muon):
     """Bit for bit: weights, optimiser, random state, rows (over a pass's end), batch ramp, mask phases."""
     tiny_config.hidden_dropout_prob = dropout
     settings = {
         "max_steps": 10, "train_batch_rows": 16, "batch_ramp_until": 0.6, "rate": "0:0.4,0.5:0.2",
-        "save_interval": "100%", "eval_interval": "20%", "dataset": Rows(30),
+        "save_interval": "100%", "eval_interval": "20%", "dataset": Rows(30), "muon_learning_rate": muon,
     }  # fmt: skip
     whole = make_trainer(tiny_config, tokenizer, tmp_path / "whole", **settings)
     whole.train()

@@ -1,0 +1,100 @@
+"""Muon against torch's own and AdamW against torch's own; which parameter is whose."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM
+
+from hf_cram import CrammedBertForMaskedLM
+from hf_cram.optimization import MuonWithAdamW, muon_parameter_groups, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (96, 24), (24, 96)], ids=str)
+def test_singular_values_come_near_one(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    values = torch.linalg.svdvals(orthogonalize(matrices, 5).float())
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+    torch.testing.assert_close(orthogonalize(matrices[1:2], 5)[0], orthogonalize(matrices, 5)[1], rtol=0.05, atol=0.01)
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    weight = nn.Parameter(torch.ones(4, 4))
+    weight.grad = torch.zeros(4, 4)
+    MuonWithAdamW([{"params": [weight], "parts": 1}], lr=0.1).step()
+    assert torch.equal(weight, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)], ids=str)
+def test_matrices_step_like_torchs_muon(shape):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    optimizers = (
+        MuonWithAdamW([{"params": [ours], "parts": 1}], lr=0.1, weight_decay=0.01),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01),
+    )
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=5e-3)
+
+
+def test_a_fused_projection_steps_like_its_parts():
+    torch.manual_seed(0)
+    gradient = torch.randn(48, 16)
+    fused = nn.Parameter(torch.zeros(48, 16))
+    fused.grad = gradient
+    parts = [nn.Parameter(torch.zeros(16, 16)) for _ in range(3)]
+    for part, part_gradient in zip(parts, gradient.chunk(3), strict=True):
+        part.grad = part_gradient
+    MuonWithAdamW([{"params": [fused], "parts": 3}], lr=0.1).step()
+    MuonWithAdamW([{"params": parts, "parts": 1}], lr=0.1).step()
+    torch.testing.assert_close(fused, torch.cat(parts), rtol=0, atol=0)
+
+
+def test_everything_else_steps_like_torchs_adamw():
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.ones(5, 3)), nn.Parameter(torch.ones(7))] for _ in range(2))
+    settings = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01}
+    optimizers = MuonWithAdamW(ours, **settings), torch.optim.AdamW(theirs, fused=True, **settings)
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_nothing_else(tiny_config):
+    tiny_config.tie_word_embeddings = False
+    model = CrammedBertForMaskedLM(tiny_config)
+    groups = muon_parameter_groups(model, 1e-3, 0.02, weight_decay=0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(names) == sorted(id(parameter) for group in groups for parameter in group["params"])
+    for group in groups:
+        assert group["lr"] == (0.02 if group["parts"] else 1e-3)
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert bool(group["parts"]) == (".layers." in name and "norm" not in name), name
+            assert group["weight_decay"] == (0.01 if parameter.ndim == 2 else 0.0), name
+            if group["parts"]:
+                assert group["parts"] == {"query_key_value": 3, "dense_in": 2}.get(name.split(".")[-2], 1), name
+
+
+def test_muon_knows_the_layers_of_transformers_own_models():
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = BertForMaskedLM(config)
+    matrices = [
+        parameter
+        for group in muon_parameter_groups(model, 1e-3, 0.02, 0.0)
+        if group["parts"]
+        for parameter in group["params"]
+    ]
+    assert len(matrices) == 2 * 6  # query, key, value, attention output, two of the feed-forward block
