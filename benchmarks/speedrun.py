@@ -1,0 +1,409 @@
+"""
+Recipes against each other at one budget: time to the same held-out loss, and loss at the same time.
+
+    python benchmarks/speedrun.py --time_budget 60s --arms paper_v2,ours --seeds 1 --text FILE --output_dir D
+
+Every run is a process of its own; the arms take turns, on the same rows, tokenizer and held-out masks (15 %). An arm
+is an entry of benchmarks/speedrun_arms.yaml, or a recipe file. The clock stands still while torch compiles and while
+the held-out loss is measured; `--count_compile` counts compiling, from an empty cache. `--sweep` tries a grid on each
+arm, say 'learning_rate=1e-3,2e-3 train_batch_rows=64,128'. Results: D/results.json, curves: D/curves.png.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+ARMS_FILE = Path(__file__).with_name("speedrun_arms.yaml")
+TRAINING_ARGS = Path(__file__).parents[1] / "training_args"
+NUMBER = re.compile(r"[\d.]+e-?\d+")
+EVAL_MLM_PROBABILITY, EVAL_MASK_SEED = 0.15, 2212
+# Shares of the budget at which the held-out loss is measured: close together where the curve is steep.
+POINTS = [0.01 * 1.3**power for power in range(18)] + [1.0]
+
+
+# ---- One run, in a process of its own ----
+
+
+class PausedClock:
+    """Seconds that stand still inside `paused`, which may be nested."""
+
+    def __init__(self):
+        self.depth, self.paused_at, self.paused_seconds = 0, 0.0, 0.0
+
+    def __call__(self) -> float:
+        now = self.paused_at if self.depth else time.monotonic()
+        return now - self.paused_seconds
+
+    def pause(self, *_):
+        if self.depth == 0:
+            self.paused_at = time.monotonic()
+        self.depth += 1
+
+    def go_on(self, *_):
+        self.depth -= 1
+        if self.depth == 0:
+            self.paused_seconds += time.monotonic() - self.paused_at
+
+    @contextmanager
+    def paused(self):
+        self.pause()
+        try:
+            yield
+        finally:
+            self.go_on()
+
+
+def build_model(arm: dict, tokenizer):
+    """The arm's masked language model: a crammed one, or one of transformers' own by `model_type`."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    import hf_cram  # noqa: F401 (registers the crammed BERT)
+
+    fields = dict(arm.get("model", {}))
+    special = {"pad_token_id": tokenizer.pad_token_id, "cls_token_id": tokenizer.cls_token_id}
+    special |= {"bos_token_id": tokenizer.cls_token_id}
+    special |= {"sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}
+    model_type = fields.pop("model_type", "crammed_bert")
+    return AutoModelForMaskedLM.from_config(
+        AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **special, **fields)
+    )
+
+
+def run_here(job: dict) -> dict:
+    """Train one arm once; returns its curve and speed."""
+    import inspect
+
+    import numpy as np
+    import torch
+    from torch._dynamo.callback import callback_handler
+    from transformers import TrainerCallback, set_seed
+
+    from hf_cram.data.collator import DataCollatorForFixedCountMasking
+    from hf_cram.data.packing import PackedRows, token_dtype
+    from hf_cram.data.tokenization import load_tokenizer
+    from hf_cram.trainer import CramTrainer
+    from hf_cram.training_args import CramTrainingArguments
+
+    clock = PausedClock()
+    if not job["count_compile"]:
+        callback_handler.register_start_callback(clock.pause)
+        callback_handler.register_end_callback(clock.go_on)
+    arm, corpus = job["arm"], Path(job["corpus"])
+    set_seed(job["seed"])
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    dtype = token_dtype(len(tokenizer))
+    train, held_out = (PackedRows(corpus / f"{name}.bin", dtype, job["length"]) for name in ("train", "eval"))
+    model = build_model(arm, tokenizer)
+    takes_positions = "masked_positions" in inspect.signature(model.forward).parameters
+    collator = DataCollatorForFixedCountMasking(
+        tokenizer, str(arm["mlm_probability"]), seed=job["seed"], return_masked_positions=takes_positions
+    )
+    eval_batches = build_eval_batches(held_out, tokenizer, job["eval_rows"])
+    limit = {"max_steps": job["max_steps"]} if job["max_steps"] else {"time_budget": str(job["time_budget_seconds"])}
+    arguments = CramTrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="speedrun-"), bf16=True, torch_compile=True, use_cpu=job["use_cpu"],
+        report_to="none", disable_tqdm=True, seed=job["seed"], **limit, **arm["training"],
+    )  # fmt: skip
+    curve: list[list[float]] = []
+    points = iter(POINTS)
+
+    class Curve(TrainerCallback):
+        due = next(points)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            fraction = state.global_step / job["max_steps"] if job["max_steps"] else (
+                trainer.clock.elapsed_seconds / job["time_budget_seconds"]
+            )  # fmt: skip
+            if fraction >= self.due:
+                with clock.paused():
+                    curve.append([trainer.clock.elapsed_seconds, held_out_loss(trainer.model, eval_batches)])
+                while self.due <= fraction:
+                    self.due = next(points, math.inf)
+
+    with clock.paused():
+        trainer = CramTrainer(
+            model, arguments, followers=[collator], time_function=clock, train_dataset=train,
+            data_collator=collator, processing_class=tokenizer, callbacks=[Curve()],
+        )  # fmt: skip
+    trainer.train()
+    seconds = trainer.clock.elapsed_seconds
+    final_loss = held_out_loss(trainer.model, eval_batches)
+    curve.append([seconds, final_loss])
+    if job.get("save_to"):
+        model.save_pretrained(job["save_to"])
+        tokenizer.save_pretrained(job["save_to"])
+    metrics = trainer.budget_metrics()
+    return {
+        "final_loss": final_loss,
+        "seconds": seconds,
+        "tokens": metrics["tokens_seen"],
+        "steps": metrics["optimizer_steps"],
+        "num_parameters": model.num_parameters(),
+        "matmul_peak_share": metrics["training_flops"] / seconds / metrics["matmul_peak_flops_per_second"],
+        "peak_memory_bytes": peak_memory_bytes(),
+        "curve": curve,
+        "is_finite": bool(np.isfinite(final_loss)) and torch.isfinite(torch.tensor(curve)).all().item(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def build_eval_batches(held_out, tokenizer, rows: int) -> list[dict]:
+    """Held-out rows with masks drawn once, whatever the training's rate and seed."""
+    from hf_cram.data.collator import DataCollatorForFixedCountMasking
+
+    collator = DataCollatorForFixedCountMasking(tokenizer, EVAL_MLM_PROBABILITY, seed=EVAL_MASK_SEED)
+    count = min(rows, len(held_out))
+    return [collator(held_out.__getitems__(range(start, min(start + 64, count)))) for start in range(0, count, 64)]
+
+
+def held_out_loss(model, batches: list[dict]) -> float:
+    """Mean loss of the masked tokens in nats, in fp32 and without compiling."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    positions = None
+
+    def at_masked_tokens(_, inputs):
+        return (inputs[0].gather(1, positions[..., None].expand(-1, -1, inputs[0].shape[-1])),)
+
+    # Logits of the other tokens would take most of the time and are not read.
+    hook = model.get_output_embeddings().register_forward_pre_hook(at_masked_tokens)
+    total, count = 0.0, 0
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for batch in batches:
+                positions = batch["masked_positions"]
+                logits = model(input_ids=batch["input_ids"]).logits.float()
+                labels = batch["labels"].gather(1, positions)
+                total += torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
+                ).item()
+                count += labels.ne(-100).sum().item()
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return total / count
+
+
+# ---- All runs ----
+
+
+def read_arm(name: str) -> dict:
+    """The fields of an arm of benchmarks/speedrun_arms.yaml, which may build on a recipe or on another arm."""
+    arms = yaml.safe_load(ARMS_FILE.read_text())
+    if Path(name).suffix == ".yaml":
+        return yaml.safe_load(Path(name).read_text())
+    if name not in arms:
+        raise SystemExit(f"benchmarks/speedrun.py: error: no arm {name!r}: choose from {', '.join(arms)}, or a recipe")
+    arm = dict(arms[name])
+    base = arm.pop("base", None)
+    if base is None:
+        return arm
+    return {**(read_arm(str(ARMS_FILE.parents[1] / base)) if base.endswith(".yaml") else read_arm(base)), **arm}
+
+
+def parse_overrides(words: list[str]) -> list[dict]:
+    """`a=1,2 b=3` as the grid [{a: 1, b: 3}, {a: 2, b: 3}]."""
+    choices = []
+    for word in words:
+        name, _, values = word.partition("=")
+        if not values:
+            raise SystemExit(f"benchmarks/speedrun.py: error: {word!r} is not name=value[,value]")
+        choices.append([(name, yaml.safe_load(value)) for value in values.split(",")])
+    return [dict(point) for point in itertools.product(*choices)]
+
+
+def split_fields(fields: dict) -> dict:
+    """A flat recipe as what the collator, the model and the trainer take; what belongs to text and output is left out."""
+    from dataclasses import fields as fields_of
+
+    from hf_cram.data.pipeline import DataArguments
+    from hf_cram.training_args import CramTrainingArguments
+
+    training_names = {spec.name for spec in fields_of(CramTrainingArguments)}
+    data_names = {spec.name for spec in fields_of(DataArguments)}
+    ours = {"output_dir", "time_budget", "logging_interval", "eval_interval", "save_interval", "bf16", "torch_compile"}
+    arm: dict = {"training": {}, "model": {}, "mlm_probability": 0.15}
+    for name, value in fields.items():
+        if name in ours or name in data_names:
+            continue
+        if isinstance(value, str) and NUMBER.fullmatch(value):
+            value = float(value)  # YAML takes 1e-3 for a word
+        if name == "mlm_probability":
+            arm[name] = value
+        else:
+            arm["training" if name in training_names else "model"][name] = value
+    return arm
+
+
+def run_job(job: dict, name: str) -> dict:
+    """Run a job in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "job.json").write_text(json.dumps(job))
+        environment = dict(os.environ, HF_CRAM_JOB=str(path / "job.json"))
+        if job["count_compile"]:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(path / "inductor")
+        log = Path(job["output_dir"]) / f"{name}.log"
+        with open(log, "w") as stream:
+            code = subprocess.run([sys.executable, __file__], env=environment, stdout=stream, stderr=stream).returncode
+        if code:
+            raise SystemExit(f"benchmarks/speedrun.py: error: run {name} failed, see {log}")
+        return json.loads((path / "result.json").read_text())
+
+
+def time_to_loss(curve: list[list[float]], loss: float) -> float | None:
+    """Seconds at which the curve first passes `loss`, interpolated; `None` where it does not."""
+    earlier = None
+    for seconds, value in curve:
+        if value <= loss:
+            if earlier is None:
+                return seconds
+            share = (earlier[1] - loss) / (earlier[1] - value)
+            return earlier[0] + share * (seconds - earlier[0])
+        earlier = (seconds, value)
+    return None
+
+
+def summarize(runs: dict[str, list[dict]]) -> dict:
+    """Medians over the seeds, and for each arm how much sooner it passes the final loss of the first arm."""
+    rival = next(iter(runs))
+    summary: dict = {"arms": {}, "time_ratio": {}, "rival": rival}
+    for name, results in runs.items():
+        curves = [result["curve"] for result in results]
+        middle = [
+            [statistics.median(values) for values in zip(*points, strict=True)]
+            for points in zip(*curves, strict=False)
+        ]
+        summary["arms"][name] = {
+            "final_loss": [result["final_loss"] for result in results],
+            "tokens_per_second": statistics.median(result["tokens"] / result["seconds"] for result in results),
+            "curve": middle,
+            "runs": results,
+        }
+        ratios = [
+            other["seconds"] / seconds
+            for result, other in zip(results, runs[rival], strict=True)
+            if (seconds := time_to_loss(result["curve"], other["final_loss"])) is not None
+        ]
+        summary["time_ratio"][name] = statistics.median(ratios) if len(ratios) == len(results) else None
+    return summary
+
+
+def print_table(summary: dict) -> None:
+    print(f"{'arm':<24}{'final loss':>12}{'spread':>8}{'tokens/s':>10}{'of peak':>9}{'MB':>7}{'sooner':>8}")
+    for name, arm in summary["arms"].items():
+        losses, runs = arm["final_loss"], arm["runs"]
+        ratio = summary["time_ratio"][name]
+        print(
+            f"{name:<24}{statistics.median(losses):>12.3f}{max(losses) - min(losses):>8.3f}"
+            f"{arm['tokens_per_second']:>10,.0f}{statistics.median(r['matmul_peak_share'] for r in runs):>9.1%}"
+            f"{max(r['peak_memory_bytes'] for r in runs) / 1e6:>7.0f}" + (f"{ratio:>7.1f}x" if ratio else f"{'-':>8}")
+        )
+    print(f"sooner: time of {summary['rival']} to its final loss over the arm's time to the same loss")
+
+
+def draw(summary: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for index, (name, arm) in enumerate(summary["arms"].items()):
+        for number, run in enumerate(arm["runs"]):
+            seconds, losses = zip(*run["curve"], strict=True)
+            axes.plot(seconds, losses, color=f"C{index}", alpha=0.8, label=name if number == 0 else None)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of the clock")
+    axes.set_ylabel("held-out loss in nats (15 % masked)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    if "HF_CRAM_JOB" in os.environ:
+        path = Path(os.environ["HF_CRAM_JOB"])
+        path.with_name("result.json").write_text(json.dumps(run_here(json.loads(path.read_text()))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--time_budget", default="60s", help="of every run")
+    parser.add_argument("--max_steps", type=int, default=0, help="equal steps instead of equal time")
+    parser.add_argument("--arms", default="paper_v2,ours", help="comma-separated; the first is the rival")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--text", nargs="+", required=True, help="files of text to train on")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--eval_rows", type=int, default=512)
+    parser.add_argument("--sweep", nargs="+", default=[], help="name=value[,value] ...: a grid on every arm")
+    parser.add_argument("--count_compile", action="store_true", help="compiling counts, from an empty cache")
+    parser.add_argument("--save_models", action="store_true", help="keep the trained models in the output folder")
+    parser.add_argument("--cache_dir", help="of the prepared text")
+    parser.add_argument("--output_dir", required=True)
+    options = parser.parse_args()
+
+    from hf_cram.budget import parse_duration
+    from hf_cram.data.pipeline import DataArguments, prepare_corpus
+
+    corpus = prepare_corpus(
+        DataArguments(
+            train_files=options.text, text_column=options.text_column, vocab_size=options.vocab_size,
+            max_seq_length=options.length, eval_rows=options.eval_rows, cache_dir=options.cache_dir,
+        )
+    )  # fmt: skip
+    output_dir = Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    grid = parse_overrides(options.sweep)
+    arms = {}
+    for arm, point in itertools.product(options.arms.split(","), grid):
+        name = " ".join([arm, *(f"{key}={value}" for key, value in point.items())])
+        arms[name] = split_fields({**read_arm(arm), **point})
+    job = {
+        "corpus": str(corpus.directory), "length": options.length, "eval_rows": options.eval_rows,
+        "max_steps": options.max_steps, "time_budget_seconds": parse_duration(options.time_budget),
+        "count_compile": options.count_compile, "output_dir": str(output_dir), "use_cpu": True,
+    }  # fmt: skip
+    runs: dict[str, list[dict]] = {name: [] for name in arms}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        # There and back, so that no arm always has the quiet machine.
+        for name in arms if seed % 2 == 0 else reversed(arms):
+            run_name = f"{name}-{seed}".replace("/", "_").replace(" ", "_")
+            saved = {"save_to": str(output_dir / "models" / run_name)} if options.save_models else {}
+            result = run_job({**job, **saved, "arm": arms[name], "seed": seed}, run_name)
+            runs[name].append(result)
+            with open(output_dir / "runs.jsonl", "a") as stream:
+                stream.write(json.dumps({"arm": name, "seed": seed, **result}) + "\n")
+            print(
+                f"{name} seed {seed}: loss {result['final_loss']:.3f}, {result['steps']} steps, "
+                f"{result['tokens'] / result['seconds']:,.0f} tokens/s, {result['seconds']:.1f} s",
+                flush=True,
+            )
+    summary = summarize(runs)
+    (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw(summary, output_dir / "curves.png")
+    print_table(summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The harness that compares recipes: its clock, its arms, its ratios, and a real run."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+SCRIPT = REPOSITORY / "benchmarks" / "speedrun.py"
+spec = importlib.util.spec_from_file_location("speedrun", SCRIPT)
+speedrun = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speedrun)
+
+
+def test_the_clock_stands_still_while_paused(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(speedrun.time, "monotonic", lambda: now[0])
+    clock = speedrun.PausedClock()
+    start = clock()
+    now[0] += 5
+    with clock.paused():
+        now[0] += 10
+        with clock.paused():
+            now[0] += 20
+        assert clock() - start == 5
+        now[0] += 40
+    now[0] += 1
+    assert clock() - start == 6
+
+
+def test_time_to_a_loss_is_interpolated():
+    curve = [[10.0, 6.0], [20.0, 5.0], [30.0, 5.5], [40.0, 4.0]]
+    assert speedrun.time_to_loss(curve, 5.5) == 15.0
+    assert speedrun.time_to_loss(curve, 6.5) == 10.0
+    assert speedrun.time_to_loss(curve, 3.9) is None
+
+
+def result(loss, curve):
+    return {"final_loss": loss, "seconds": curve[-1][0], "tokens": 1000, "curve": curve}
+
+
+def test_ratios_compare_times_to_the_rivals_final_loss():
+    runs = {
+        "rival": [result(5.0, [[50.0, 6.0], [100.0, 5.0]]), result(5.2, [[50.0, 6.0], [100.0, 5.2]])],
+        "fast": [result(4.0, [[10.0, 5.0], [100.0, 4.0]]), result(4.1, [[20.0, 5.2], [100.0, 4.1]])],
+        "slow": [result(5.5, [[50.0, 6.0], [100.0, 5.5]]), result(5.1, [[50.0, 6.0], [100.0, 5.1]])],
+    }
+    summary = speedrun.summarize(runs)
+    assert summary["arms"]["rival"]["final_loss"] == [5.0, 5.2]
+    assert summary["arms"]["fast"]["curve"][0] == [15.0, 5.1]
+    assert summary["time_ratio"]["rival"] == 1.0
+    assert summary["time_ratio"]["fast"] == pytest.approx((100 / 10 + 100 / 20) / 2)
+    assert summary["time_ratio"]["slow"] is None  # one seed never gets there
+
+
+def test_a_sweep_is_a_grid():
+    grid = speedrun.parse_overrides(["learning_rate=1e-3,2e-3", "qk_norm=true"])
+    assert [(point["learning_rate"], point["qk_norm"]) for point in grid] == [("1e-3", True), ("2e-3", True)]
+    assert speedrun.parse_overrides([]) == [{}]
+    with pytest.raises(SystemExit, match="'oops' is not name=value"):
+        speedrun.parse_overrides(["oops"])
+
+
+@pytest.mark.parametrize("name", speedrun.yaml.safe_load(speedrun.ARMS_FILE.read_text()))
+def test_every_arm_builds(name, tokenizer):
+    arm = speedrun.split_fields(speedrun.read_arm(name))
+    assert arm["training"]["learning_rate"] > 0
+    model = speedrun.build_model(arm, tokenizer)
+    assert model.get_output_embeddings().out_features == len(tokenizer)
+
+
+def test_an_unknown_arm_is_one_line():
+    with pytest.raises(SystemExit, match="no arm 'our': choose from paper_v2"):
+        speedrun.read_arm("our")
+
+
+@pytest.mark.slow
+def test_a_real_comparison(tmp_path, python_environment):
+    text = tmp_path / "text.txt"
+    words = ["river", "stone", "house", "garden", "letter", "window", "winter", "summer", "walked", "looked"]
+    lines = (" ".join(words[(i * k) % 10] for k in range(1, 40)) for i in range(400))
+    text.write_text("\n".join(lines), encoding="utf-8")
+    command = [sys.executable, SCRIPT, "--max_steps", "4", "--arms", "paper_v2,bert", "--text", text, "--vocab_size",
+               "60", "--length", "32", "--eval_rows", "8", "--output_dir", tmp_path / "out", "--cache_dir",
+               tmp_path / "cache", "--sweep", "hidden_size=32", "intermediate_size=64",
+               "per_device_train_batch_size=4", "train_batch_rows=4"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), env=python_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["arms"]) == 2
+    assert set(results["arms"]) == set(results["time_ratio"])
+    for arm in results["arms"].values():
+        assert len(arm["final_loss"]) == 1
+        assert arm["tokens_per_second"] > 0
+        assert [seconds for seconds, _ in arm["curve"]] == sorted(seconds for seconds, _ in arm["curve"])
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
