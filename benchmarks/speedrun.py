@@ -152,16 +152,10 @@ def run_here(job: dict) -> dict:
         "steps": metrics["optimizer_steps"],
         "num_parameters": model.num_parameters(),
         "matmul_peak_share": metrics["training_flops"] / seconds / metrics["matmul_peak_flops_per_second"],
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": metrics["peak_memory_bytes"],
         "curve": curve,
         "is_finite": bool(np.isfinite(final_loss)) and torch.isfinite(torch.tensor(curve)).all().item(),
     }
-
-
-def peak_memory_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def build_eval_batches(held_out, tokenizer, rows: int) -> list[dict]:

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import resource
 import shutil
 import sysconfig
 import time
@@ -32,6 +33,13 @@ def largest_linear_shape(model: nn.Module) -> tuple[int, int]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: what the allocator reserved on a GPU, this process's resident set on a CPU (Linux: KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure_matmul_flops(

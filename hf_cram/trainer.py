@@ -36,7 +36,14 @@ from .checkpointing import (
     rotate,
     save_errors,
 )
-from .hardware import bf16_is_faster, compile_pays_off, largest_linear_shape, measure_matmul_flops, training_flops
+from .hardware import (
+    bf16_is_faster,
+    compile_pays_off,
+    largest_linear_shape,
+    measure_matmul_flops,
+    peak_memory_bytes,
+    training_flops,
+)
 from .hub import HubPusher, HubTarget
 from .optimization import MuonWithAdamW, decayed_parameter_names, muon_parameter_groups
 from .row_stream import BudgetBatchSampler, RowStream
@@ -620,6 +627,7 @@ class CramTrainer(Trainer):
             "optimizer_steps": self.state.global_step,
             "matmul_peak_flops_per_second": self.matmul_peak,
             "training_flops": self.run_state.rows_seen * self._row_flops,
+            "peak_memory_bytes": peak_memory_bytes(self.args.device),
         }
         if self._counts_tokens:
             metrics["tokens_seen"] = self.run_state.tokens_seen

@@ -29,7 +29,7 @@ def test_flops_of_a_row_are_those_of_its_matrix_products(tiny_config):
         2 * 16 * H + H * H + H * I + I // 2 * H
     )  # scores and sums over 16 positions, output projection, feed-forward
     first_layer = tokens * (query_key_value + rest)
-    last_layer = tokens * query_key_value + masked * rest
+    last_layer = tokens * 2 * H * H + masked * (H * H + rest)  # keys and values of all
     # forward once, backward twice; two operations a product
     assert counted == 6 * (first_layer + last_layer + masked * H * VOCAB_SIZE)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
