@@ -7,13 +7,14 @@ The recipe is a YAML file of the fields below; the command line overrides it.
 """
 
 import inspect
+import json
 import logging
 import math
 import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from transformers import AutoModelForMaskedLM, set_seed
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
 from hf_cram.checkpointing import CheckpointError
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
+from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
-from hf_cram.data.sources import DataError
+from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.files import write_atomically
 from hf_cram.launching import start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
+from hf_cram.script_args import CardArguments, MaskingArguments, TextBudgetArguments
+from hf_cram.text_budget import limit_text_to_budget
 from hf_cram.trainer import CramTrainer, NonFiniteError
 from hf_cram.training_args import CramTrainingArguments
 
@@ -44,35 +48,16 @@ EVAL_MASK_SEED = 2212
 TRAINER_FIELDS = (
     "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
     "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
-    "data_seed", "fp16", "bf16", "tf32", "gradient_checkpointing", "train_sampling_strategy", "dataloader_num_workers",
+    "data_seed", "fp16", "bf16", "tf32", "activation_checkpointing", "train_sampling_strategy", "dataloader_num_workers",
 )  # fmt: skip
 
 
-@dataclass
-class MaskingArguments:
-    """How tokens are masked in training."""
-
-    mlm_probability: str = field(
-        default="0.25",
-        metadata={"help": "Share of the tokens to predict, or phases of the budget: '0:0.30,0.5:0.15'."},
-    )
-    mask_replace_prob: float = field(default=0.8, metadata={"help": "Share of them shown as [MASK]."})
-    random_replace_prob: float = field(default=0.1, metadata={"help": "Share of them shown as a random token."})
-
-
-@dataclass
-class CardArguments:
-    """What the model card says of text and model."""
-
-    language: str = field(default="en", metadata={"help": "Language of the text, a code of the Hub; none: left out."})
-    model_license: str = field(
-        default="apache-2.0", metadata={"help": "Licence of the model, an identifier of the Hub; none: left out."}
-    )
-
-
 def main() -> int:
-    parser = RecipeParser((ModelArguments, DataArguments, MaskingArguments, CardArguments, CramTrainingArguments))
-    model_args, data_args, masking_args, card_args, training_args = parser.parse(sys.argv[1:])
+    parser = RecipeParser(
+        (ModelArguments, DataArguments, TextBudgetArguments, PublishArguments, MaskingArguments, CardArguments,
+         CramTrainingArguments)
+    )  # fmt: skip
+    model_args, data_args, text_args, publish_args, masking_args, card_args, training_args = parser.parse(sys.argv[1:])
     recipe = shareable(parser.given)
     is_main = training_args.process_index == 0
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -86,18 +71,29 @@ def main() -> int:
     started = time.monotonic()
     if not is_main:
         data_args.overwrite_cache = False  # rank 0 has done so when the others look
+    limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
     with training_args.main_process_first(desc="preparing the text"):
         corpus = prepare_corpus(data_args)
     preprocessing_seconds = time.monotonic() - started
+    max_seq_length = corpus.train_dataset.max_seq_length  # a published corpus brings its own
     logger.info(
-        "%s rows of %d tokens%s", f"{len(corpus.train_dataset):,}", data_args.max_seq_length,
+        "%s rows of %d tokens%s", f"{len(corpus.train_dataset):,}", max_seq_length,
         " (from the cache)" if corpus.from_cache else "",
     )  # fmt: skip
+    if is_main and (address := publish_if_asked(corpus, publish_args, data_args)) is not None:
+        logger.info("The rows are published at %s", address)
+    if not corpus.from_cache:
+        logger.info("What preparing took:\n%s", corpus.table)
+    if data_args.row_order != "none" and "train_sampling_strategy" not in parser.given:
+        training_args.train_sampling_strategy = "sequential"
+        logger.info(
+            "Training reads the rows in their order (%s): train_sampling_strategy is sequential", data_args.row_order
+        )
 
     config = build_config(model_args, corpus.tokenizer)
-    if data_args.max_seq_length > config.max_position_embeddings:
+    if max_seq_length > config.max_position_embeddings:
         raise DataError(
-            f"max_seq_length ({data_args.max_seq_length}) is beyond max_position_embeddings "
+            f"max_seq_length ({max_seq_length}) is beyond max_position_embeddings "
             f"({config.max_position_embeddings}): raise the latter"
         )
     model = AutoModelForMaskedLM.from_config(config)
@@ -149,7 +145,7 @@ def main() -> int:
     results.update(
         hardware=describe_hardware(training_args),
         num_parameters=model.num_parameters(),
-        text_name=hub_dataset(data_args) or Path(data_args.source_name).name,
+        text_name=text_name(data_args),
     )
     trainer.save_metrics("all", results, combined=False)
     if is_main:
@@ -163,21 +159,34 @@ def main() -> int:
 def shareable(given: dict[str, Any]) -> dict[str, Any]:
     """The recipe in plain values: the fields that decide the result, without what belongs to a machine or an account."""
     decisive = {*TRAINER_FIELDS, *CramTrainingArguments.__annotations__}
-    decisive |= {spec.name for part in (ModelArguments, DataArguments, MaskingArguments) for spec in fields(part)}
-    local = {"train_files", "tokenizer_name", "cache_dir"}
+    parts = (ModelArguments, DataArguments, TextBudgetArguments, MaskingArguments)
+    decisive |= {spec.name for part in parts for spec in fields(part)}
+    local = {"train_files", "tokenizer_name", "cache_dir", "overwrite_cache", "preprocessing_workers"}
     plain = {
         name: value.value if isinstance(value, Enum) else value
         for name, value in given.items()
-        if name in decisive - local and not (name == "dataset_name" and Path(str(value)).exists())
+        if name in decisive - local and not is_local(name, value)
     }
     yaml.safe_dump(plain)  # a mistake of ours is to show before training
     return plain
 
 
-def hub_dataset(data_args: DataArguments) -> str | None:
-    """The text's data set on the Hub, `None` for text of this machine."""
-    name = data_args.dataset_name
-    return None if name is None or Path(name).exists() else name
+def is_local(name: str, value: Any) -> bool:
+    """Whether a field of the recipe names text on this machine: a data set, or one of the sources of a mix."""
+    if name == "dataset_name":
+        return Path(str(value)).exists()
+    sources = json.loads(value) if name == "sources" and isinstance(value, str) else value
+    return name == "sources" and any(
+        "train_files" in source or is_local("dataset_name", source.get("dataset_name"))
+        for source in (sources or {}).values()
+    )
+
+
+def text_name(data_args: DataArguments) -> str:
+    """The text in words, without folders of this machine."""
+    if data_args.sources is not None or data_args.hub_names:
+        return data_args.source_name
+    return Path(data_args.source_name).name
 
 
 def describe_hardware(args: CramTrainingArguments) -> str:
@@ -207,8 +216,8 @@ def write_card(
         text_name=results["text_name"],
         fills=fills,
         num_parameters=results["num_parameters"],
-        sequence_length=data_args.max_seq_length,
-        dataset_name=hub_dataset(data_args),
+        sequence_length=trainer.train_dataset.max_seq_length,
+        dataset_name=data_args.hub_names[0] if len(data_args.hub_names) == 1 else None,
         language=None if card_args.language == "none" else card_args.language,
         license_name=None if card_args.model_license == "none" else card_args.model_license,
     )

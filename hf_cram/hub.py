@@ -16,26 +16,18 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
+
+from .hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, with_retries
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
-# Waits between attempts; the client's own quick retries come on top.
-RETRY_SECONDS = (5.0, 20.0, 60.0)
-LONGEST_RETRY_AFTER_SECONDS = 300.0
-# Without it the client waits for ever for a server that has gone silent.
-SILENCE_SECONDS = 120.0
 # How long the end of a run waits for a checkpoint that is on its way.
 FINISH_SECONDS = 900.0
 PUSHING_NAME = ".pushing"
@@ -48,19 +40,6 @@ SHAREABLE = (
     "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png",
     "all_results.json", "glue_results.json", "glue_results.png", "minimal_pairs_results.json",
 )  # fmt: skip
-
-
-class HubError(RuntimeError):
-    """
-    A push that failed: the message names the cause, and where there is one the way out, in one line.
-
-    `is_final` says that trying again is of no use; `retry_after_seconds` is what the server asked for.
-    """
-
-    def __init__(self, message: str, is_final: bool = True, retry_after_seconds: float = 0.0):
-        super().__init__(message)
-        self.is_final = is_final
-        self.retry_after_seconds = retry_after_seconds
 
 
 @dataclass(frozen=True)
@@ -106,79 +85,15 @@ def shareable_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-def explain(error: BaseException, target: HubTarget) -> HubError:
-    """What went wrong, in one line, from an error of the Hub's client."""
-    while not isinstance(error, HfHubHTTPError | ValueError) and error.__cause__ is not None:
-        error = error.__cause__  # the client wraps what happens in its upload threads
-    if not isinstance(error, HfHubHTTPError):
-        return _explain_without_answer(error)
-    response = error.response
-    status = response.status_code
-    if status == 401:
-        fault = "the token is not valid" if get_token() else "there is no token"
-        return HubError(f"{fault} (401): set HF_TOKEN, or run `hf auth login`")
-    if status == 403:
-        return HubError(
-            f"the token may not write to {target.model_id} (403): take one that may, or another hub_model_id"
-        )
-    if status == 404:
-        return HubError(f"there is no {target.model_id} at {target.revision or 'main'} that the token can see (404)")
-    if status in (408, 425, 429) or status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        seconds = min(float(wait), LONGEST_RETRY_AFTER_SECONDS) if wait.isdigit() else 0.0
-        fault = "the Hub asks for fewer requests (429)" if status == 429 else f"the Hub answers {status}"
-        return HubError(fault, is_final=False, retry_after_seconds=seconds)
-    return HubError(f"the Hub refuses the push: {error.server_message or error} ({status})")
-
-
-def _explain_without_answer(error: BaseException) -> HubError:
-    if isinstance(error, OfflineModeIsEnabled):
-        return HubError("offline mode is on: unset HF_HUB_OFFLINE")
-    if isinstance(error, OSError) and error.filename is not None:
-        return HubError(f"{error.filename}: {error.strerror}")
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-        return HubError("; ".join(lines))  # about what was sent: a card with bad metadata, a name that cannot be
-    return HubError(f"the Hub cannot be reached ({lines[0]})", is_final=False)
-
-
 def _with_retries(
     action: Callable[[], Result], target: HubTarget, wait: Callable[[float], bool | None] = time.sleep
 ) -> Result:
-    """
-    The result of `action`, tried again after `RETRY_SECONDS` where that can help.
+    """The result of `action` on the repository `target`, as [`with_retries`] gets it."""
 
-    `wait` waits for seconds and returns true to give up. Raises [`HubError`] with the last cause.
-    """
-    for seconds in (*RETRY_SECONDS, None):
-        try:
-            with _one_voice():
-                return action()
-        # The client raises HTTP and system errors, its storage backend RuntimeErrors, bad answers are ValueErrors.
-        except (HTTPError, OSError, RuntimeError, ValueError) as error:
-            failure = explain(error, target)
-            if failure.is_final or seconds is None or wait(max(seconds, failure.retry_after_seconds)):
-                raise failure from error
-    raise AssertionError("the last attempt returns or raises")
+    def explain_error(error: BaseException) -> HubError:
+        return explain(error, target.model_id, target.revision, "hub_model_id")
 
-
-@contextlib.contextmanager
-def _one_voice() -> Iterator[None]:
-    """Keep the client from warning about its own retries, since the push says how it went, and from waiting for ever."""
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    set_client_factory(_impatient_client)
-    try:
-        yield
-    finally:
-        set_client_factory(default_client_factory)
-        hub_logging.set_verbosity(verbosity)
-
-
-def _impatient_client() -> Any:
-    client = default_client_factory()
-    client.timeout = SILENCE_SECONDS
-    return client
+    return with_retries(action, explain_error, RETRY_SECONDS, SILENCE_SECONDS, wait)
 
 
 def _create_repository(target: HubTarget) -> str:

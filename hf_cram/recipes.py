@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
@@ -17,8 +18,11 @@ TOKENIZER_FIELDS = ("vocab_size", "pad_token_id")
 
 
 def _plain_type(annotation: Any) -> Any:
-    """`float | int` as `float`: a parser converts to one type."""
-    return float if set(get_args(annotation)) == {float, int} and get_origin(annotation) is not None else annotation
+    """`float | int` as `float`, also where `None` is allowed: a parser converts to one type."""
+    kinds = get_args(annotation)
+    if get_origin(annotation) is None or not {float, int} <= set(kinds):
+        return annotation
+    return float | None if NoneType in kinds else float
 
 
 ModelArguments = make_dataclass(
@@ -34,9 +38,9 @@ ModelArguments.__doc__ = "Every field of [`CrammedBertConfig`] but those that fo
 
 class RecipeParser(HfArgumentParser):
     """
-    Parses `[RECIPE.yaml] [--field value ...]` into dataclasses; a mistake is one line that names the key.
+    Parses `[RECIPE.yaml ...] [--field value ...]` into dataclasses; a mistake is one line that names the key.
 
-    `given` holds what the recipe and the command line set, after [`parse`].
+    `given` holds what the recipes and the command line set, after [`parse`].
     """
 
     given: dict[str, Any]
@@ -50,7 +54,9 @@ class RecipeParser(HfArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """
-        The dataclasses, filled from the recipe named first (if any) and the flags after it.
+        The dataclasses, filled from the recipes named first (if any) and the flags after them.
+
+        Of several recipes a later one overrides the keys that it names: a model and its training, then another text.
 
         Exits with status 2 and one line for a recipe that cannot be read, an unknown key (naming the nearest valid
         one) or a value of the wrong type.
@@ -59,6 +65,8 @@ class RecipeParser(HfArgumentParser):
         self.given = {}
         if arguments and not arguments[0].startswith("-"):
             self.set_defaults(**self._read_recipe(Path(arguments.pop(0))))
+            while arguments and arguments[0].endswith((".yaml", ".yml")):
+                self.set_defaults(**self._read_recipe(Path(arguments.pop(0))))
         try:
             *dataclasses, unknown = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         except ValueError as error:
@@ -87,7 +95,7 @@ class RecipeParser(HfArgumentParser):
             if key not in actions:
                 self.error(f"recipe {path}: unknown key {key!r}{self._nearest(str(key))}")
             if isinstance(value, dict):
-                value = json.dumps(value)
+                value = json.dumps(value, default=str)  # YAML takes 2024-01-01 for a date
             takes_list = actions[key].nargs in ("+", "*")
             if isinstance(value, list) != takes_list and value is not None:
                 self.error(f"recipe {path}: {key} must be {'a list' if takes_list else 'one value'}, got {value!r}")

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
 OWNER = "me"
 CUT, SILENCE = 0, 1
-LARGE_SUFFIXES = (".safetensors", ".png")
+LARGE_SUFFIXES = (".safetensors", ".png", ".parquet")
 
 
 @dataclass
@@ -48,6 +48,11 @@ class Repository:
     def files(self) -> dict[str, bytes]:
         return self.commits[self.head]
 
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        """Commit and files of a commit, or of the newest."""
+        sha = revision if revision in self.commits else self.head
+        return sha, self.commits[sha]
+
     def commit(self, files: dict[str, bytes], message: str) -> str:
         sha = hashlib.sha1(f"{len(self.commits)} {message} {sorted(files)}".encode()).hexdigest()
         self.commits[sha] = files
@@ -56,7 +61,10 @@ class Repository:
 
 
 class HubServer(ThreadingHTTPServer):
-    """`repositories` by full name, `large` objects by sha256, `faults` to come, all `received` bodies, `requests`."""
+    """
+    `repositories` by full name (`datasets/owner/name` for data sets), `large` objects by sha256, `faults` to come, all
+    `received` bodies, `requests`.
+    """
 
     daemon_threads = True
 
@@ -160,23 +168,27 @@ class Handler(BaseHTTPRequestHandler):
             self.batch(json.loads(body)["objects"])
         elif path == "/verify":
             self.answer(200 if json.loads(body)["oid"] in self.server.large else 404, {})
-        elif len(parts) == 6 and "/".join(parts[2:4]) not in self.server.repositories:
+        elif len(parts) == 6 and repository_name(parts[1], parts[2:4]) not in self.server.repositories:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         elif len(parts) == 6 and parts[4] == "preupload":
-            self.preupload(json.loads(body)["files"])
+            self.preupload(repository_name(parts[1], parts[2:4]), json.loads(body)["files"])
         elif len(parts) == 6 and parts[4] == "commit":
-            self.commit("/".join(parts[2:4]), body)
+            self.commit(repository_name(parts[1], parts[2:4]), body)
+        elif len(parts) == 6 and parts[4] == "paths-info":
+            repository = self.server.repositories[repository_name(parts[1], parts[2:4])]
+            self.paths_info(repository.at(parts[5])[1], parse_qs(body.decode())["paths"])
         else:
             self.answer(404, {"error": f"no such address: {path}"})
 
     def create(self, wanted: dict) -> None:
-        name = f"{wanted['organization'] or OWNER}/{wanted['name']}"
+        names = [wanted["organization"] or OWNER, wanted["name"]]
+        name = repository_name(f"{wanted.get('type') or 'model'}s", names)
         known = name in self.server.repositories
         repository = self.server.repositories.setdefault(name, Repository())
         if not known:
             repository.private = wanted.get("visibility") == "private"
             repository.commit({}, "initial commit")
-        self.answer(409 if known else 200, {"url": f"{self.server.url}/{name}", "name": name})
+        self.answer(409 if known else 200, {"url": f"{self.server.url}/{name}", "name": "/".join(names)})
 
     def validate(self, content: str) -> None:
         try:
@@ -187,17 +199,17 @@ class Handler(BaseHTTPRequestHandler):
         errors = [{"message": problem}] if problem else []
         self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
-    def preupload(self, files: list[dict]) -> None:
-        modes = ["lfs" if file["path"].endswith(LARGE_SUFFIXES) else "regular" for file in files]
-        self.answer(
-            200,
-            {
-                "files": [
-                    {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
-                    for file, mode in zip(files, modes, strict=True)
-                ]
-            },
-        )
+    def preupload(self, name: str, files: list[dict]) -> None:
+        known = self.server.repositories[name].files
+        answers = []
+        for file in files:
+            is_large = file["path"].endswith(LARGE_SUFFIXES)
+            answer = {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
+            if file["path"] in known:
+                content = known[file["path"]]
+                answer["oid"] = hashlib.sha256(content).hexdigest() if is_large else git_hash(content)
+            answers.append(answer)
+        self.answer(200, {"files": answers})
 
     def batch(self, objects: list[dict]) -> None:
         answers = []
@@ -223,43 +235,81 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.large[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
         sha = repository.commit(files, message)
         self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{sha}", "commitOid": sha})
 
     def get(self, path: str) -> None:
         parts = path.strip("/").split("/")
-        is_api = parts[:2] == ["api", "models"]
-        name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
+        is_api = parts[0] == "api"
+        kind = parts[1] if is_api else "datasets" if parts[0] == "datasets" else "models"
+        rest = parts[2:] if is_api else parts[1:] if kind == "datasets" else parts
+        name, rest = repository_name(kind, rest[:2]), rest[2:]
         repository = self.server.repositories.get(name)
         if repository is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             return
-        sha = rest[1] if len(rest) > 1 and rest[1] in repository.commits else repository.head
-        files = repository.commits[sha]
+        sha, files = repository.at(rest[1] if len(rest) > 1 else "main")
         if is_api and rest[:1] == ["tree"]:
             self.tree(files, "/".join(rest[2:]), sha)
         elif is_api:
             siblings = [{"rfilename": file} for file in files]
-            self.answer(200, {"id": name, "modelId": name, "sha": sha, "siblings": siblings, "tags": []})
+            own_name = name.removeprefix("datasets/")
+            self.answer(200, {"id": own_name, "modelId": own_name, "sha": sha, "siblings": siblings, "tags": []})
         else:
             self.resolve(files.get("/".join(rest[2:])), sha)
 
     def tree(self, files: dict[str, bytes], folder: str, sha: str) -> None:
-        entries = [
-            {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for file, content in files.items()
-            if file.startswith(f"{folder}/" if folder else "")
-        ]
-        if folder and not entries:
+        prefix = f"{folder}/" if folder else ""
+        is_recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
+        below = [file for file in files if file.startswith(prefix)]
+        if folder and not below:
             self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
-        else:
-            self.answer(200, entries)
+            return
+        listed = [file for file in below if is_recursive or "/" not in file.removeprefix(prefix)]
+        folders = {prefix + file.removeprefix(prefix).split("/")[0] for file in below if file not in listed}
+        entries = [folder_entry(name) for name in sorted(folders)]
+        self.answer(200, entries + [file_entry(file, files[file]) for file in listed])
+
+    def paths_info(self, files: dict[str, bytes], paths: list[str]) -> None:
+        entries = [file_entry(path, files[path]) for path in paths if path in files]
+        folders = [path for path in paths if any(file.startswith(f"{path}/") for file in files)]
+        self.answer(200, entries + [folder_entry(path) for path in folders])
 
     def resolve(self, content: bytes | None, sha: str) -> None:
         if content is None:
             self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+            return
+        headers = {"X_Repo_Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        wanted = self.headers.get("Range", "").removeprefix("bytes=")
+        if wanted:
+            first, _, last = wanted.partition("-")
+            end = min(int(last or len(content)), len(content) - 1)
+            place = f"bytes {first}-{end}/{len(content)}"
+            self.answer(206, content[int(first) : end + 1], Content_Range=place, **headers)
         else:
-            self.answer(200, content, X_Repo_Commit=sha, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+            self.answer(200, content, **headers)
+
+
+def repository_name(kind: str, names: list[str]) -> str:
+    """The key of a repository: models go by their own name."""
+    return "/".join(names if kind == "models" else [kind, *names])
+
+
+def git_hash(content: bytes) -> str:
+    """The name that git gives to a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def file_entry(path: str, content: bytes) -> dict:
+    """A file as listings have it."""
+    return {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
+
+
+def folder_entry(path: str) -> dict:
+    """A folder as listings have it."""
+    return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}
 
 
 @contextmanager

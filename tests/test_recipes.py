@@ -1,5 +1,7 @@
 """Every recipe parses and builds its model; every mistake is one line."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -8,6 +10,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.data.pipeline import DataArguments
+from hf_cram.data.sources import SourceArguments
 from hf_cram.fine_tuning import EncoderArguments, FineTuningArguments
 from hf_cram.glue_run import GlueArguments
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
@@ -16,10 +19,16 @@ from run_mlm_cram import MaskingArguments
 
 GLUE_RECIPES = sorted((REPOSITORY / "training_args").glob("glue*.yaml"))
 RECIPES = sorted({*(REPOSITORY / "training_args").glob("*.yaml")} - {*GLUE_RECIPES})
+TEXT_RECIPES = sorted((REPOSITORY / "training_args" / "text").glob("*.yaml"))
 
 
 def parse(*arguments):
     parser = RecipeParser((ModelArguments, DataArguments, MaskingArguments, CramTrainingArguments), prog="cram")
+    return parser.parse([str(argument) for argument in arguments]), parser
+
+
+def parse_text(*arguments):
+    parser = RecipeParser((SourceArguments,), prog="text")
     return parser.parse([str(argument) for argument in arguments]), parser
 
 
@@ -110,6 +119,54 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     assert data_args.train_files == ["a.txt", "b.txt"]
     assert parser.given["learning_rate"] == 2e-4
     assert parser.given["time_budget"] == 600
+
+
+@pytest.mark.parametrize("text", TEXT_RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_training_recipe_takes_every_text(recipe, text, tmp_path):
+    other = tmp_path / "other.yaml"  # whatever another text was named by is gone
+    other.write_text("dataset_data_dir: a\ndataset_revision: b\ndataset_config_name: c\ntrain_files: [d]\n"
+                     "streaming: false\n")  # fmt: skip
+    (alone,), _ = parse_text(text)
+    for before in ([], [other, TEXT_RECIPES[0]]):
+        (_, data_args, _, training_args), _ = parse(recipe, *before, text)
+        expected = replace(alone, max_documents=data_args.max_documents)
+        assert data_args.named_sources() == expected.named_sources()
+        assert data_args.hub_names == alone.hub_names != []
+    assert training_args.output_dir == yaml.safe_load(recipe.read_text())["output_dir"]
+
+
+def test_later_recipes_and_then_the_command_line_override(tmp_path):
+    first, second, third = (tmp_path / f"{name}.yaml" for name in ("first", "second", "third"))
+    first.write_text("output_dir: out\ntime_budget: 600\nhidden_size: 64\nlearning_rate: 1e-3\nmax_documents: 9\n")
+    second.write_text("hidden_size: 32\nmax_documents: null\nsources: {a: {dataset_name: b, weight: 2}}\n")
+    third.write_text("learning_rate: 2e-3\n")
+    (model_args, data_args, _, training_args), parser = parse(first, second, third, "--learning_rate", "3e-3")
+    assert (model_args.hidden_size, training_args.learning_rate, data_args.max_documents) == (32, 3e-3, None)
+    assert data_args.named_sources()["a"].weight == 2
+    assert parser.given["max_documents"] is None
+    assert (parser.given["learning_rate"], parser.given["hidden_size"], parser.given["time_budget"]) == (3e-3, 32, 600)
+    # What is written down of a recipe reads back as the same mix.
+    (again,), _ = parse_text("--sources", parser.given["sources"])
+    assert again.sources == data_args.sources
+
+
+def test_a_revision_that_looks_like_a_date(tmp_path):
+    recipe = tmp_path / "text.yaml"
+    recipe.write_text("sources: {a: {dataset_name: b, dataset_revision: 2024-01-01}}\n")
+    (arguments,), _ = parse_text(recipe)
+    assert arguments.named_sources()["a"].dataset_revision == "2024-01-01"
+
+
+def test_a_mistake_in_a_later_recipe_names_its_file(tmp_path, capsys):
+    text = tmp_path / "text.yaml"
+    text.write_text("datset_name: a\n")
+    error = failure(capsys, REPOSITORY / "training_args/debug.yaml", text)
+    assert f"recipe {text}: unknown key 'datset_name'; did you mean 'dataset_name'?" in error
+    text.write_text("sources: {a: {dataset_nam: b}}\n")
+    error = failure(capsys, REPOSITORY / "training_args/debug.yaml", text)
+    assert "source 'a': unknown key 'dataset_nam'; did you mean 'dataset_name'?" in error
+    assert "missing.yaml cannot be read" in failure(capsys, REPOSITORY / "training_args/debug.yaml", "missing.yaml")
 
 
 @pytest.mark.parametrize(

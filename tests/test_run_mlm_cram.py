@@ -134,6 +134,11 @@ def test_recipe_beside_the_model_can_be_shared_and_run_again(finished):
         "dataset_name": str(out),
     }
     assert shareable(given | {"seed": 3}) == {"save_strategy": "steps", "seed": 3}
+    hub_mix = {"wikipedia": {"dataset_name": "wikimedia/wikipedia"}}
+    assert shareable({"sources": hub_mix}) == {"sources": hub_mix}
+    assert shareable({"sources": json.dumps(hub_mix)}) == {"sources": json.dumps(hub_mix)}
+    for local in ({"dataset_name": str(out)}, {"train_files": ["text.txt"]}):
+        assert shareable({"sources": json.dumps(hub_mix | {"mine": local})}) == {}
     results = json.loads((out / "all_results.json").read_text())
     assert results["text_name"] == "text.txt"
     assert results["hardware"].startswith("1 x ")
@@ -161,13 +166,22 @@ def test_held_out_loss_is_that_of_the_saved_model(finished, text):
 def test_two_processes_launched_by_accelerate(text, tmp_path, python_environment):
     out = tmp_path / "out"
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    command = arguments(text, out, "--time_budget", "4s", "--save_interval", "1s", "--eval_interval", "50%")
+    command = arguments(
+        text, out, "--time_budget", "4s", "--save_interval", "1s", "--eval_interval", "50%",
+        "--text_for_budget", "true", "--row_order", "sentence_length",
+    )  # fmt: skip
     environment = {**python_environment, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = run([*launcher, *command], environment)
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((out / "all_results.json").read_text())
     assert results["train_seconds"] >= 4
     assert (last_checkpoint(out) / "rng_state_1.pth").is_file()
+    assert result.stderr.count("The budget can consume about") == 1
+    assert result.stderr.count("Training reads the rows in their order (sentence_length)") == 1
+    assert result.stderr.count("What preparing took") == 1
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (recipe["text_for_budget"], recipe["row_order"]) == (True, "sentence_length")
+    assert not {"max_train_tokens", "train_sampling_strategy"} & set(recipe)
 
 
 def test_accelerate_on_a_cpu_is_held_to_the_number_asked_for():

@@ -76,6 +76,7 @@ def order_rows(
     max_seq_length: int,
     tokenizer: PreTrainedTokenizerBase,
     arguments: OrderingArguments,
+    on_progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Write the rows of the file `source` into `target` in the order of their scores (see [`score_rows`]).
@@ -98,20 +99,23 @@ def order_rows(
     order = sort_scores(scores, arguments)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        _copy_in_order(source, temporary, order, row_bytes)
+        _copy_in_order(source, temporary, order, row_bytes, on_progress)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return order, scores
 
 
-def _copy_in_order(source: Path, target: Path, order: np.ndarray, row_bytes: int) -> None:
+def _copy_in_order(
+    source: Path, target: Path, order: np.ndarray, row_bytes: int, on_progress: Callable[[int], None]
+) -> None:
     rows_at_once = max(1, CHUNK_TOKENS // row_bytes)
     with open(source, "rb", buffering=0) as reader, open(target, "wb") as writer:
         descriptor = reader.fileno()
         for start in range(0, len(order), rows_at_once):
             offsets = (order[start : start + rows_at_once] * row_bytes).tolist()
             writer.write(b"".join([os.pread(descriptor, row_bytes, offset) for offset in offsets]))
+            on_progress(len(offsets))
 
 
 def _score(

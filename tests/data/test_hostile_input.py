@@ -14,11 +14,19 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer
 
-from hf_cram.data import packing
-from hf_cram.data.packing import has_independent_words, plain_text_tokenizer, tokenize_documents, write_rows
-from hf_cram.data.pipeline import DataArguments, cached_entry, prepare_corpus
-from hf_cram.data.sources import DataError, SkipReport, expand_files, read_files
+from hf_cram.data import tokenizing
+from hf_cram.data.cache import cached_entry
+from hf_cram.data.errors import DataError, SkipReport
+from hf_cram.data.filtering import FilterArguments
+from hf_cram.data.pipeline import DataArguments, prepare_corpus
+from hf_cram.data.text_files import expand_files, read_files
 from hf_cram.data.tokenization import train_tokenizer
+from hf_cram.data.tokenizing import (
+    DocumentTokenizer,
+    TokenizingSettings,
+    has_independent_words,
+    plain_text_tokenizer,
+)
 
 DOCUMENTS = [f"The quick brown fox number {index} jumps over the lazy dog." for index in range(400)]
 
@@ -26,6 +34,12 @@ DOCUMENTS = [f"The quick brown fox number {index} jumps over the lazy dog." for 
 def read(path: Path, **settings) -> tuple[list[str], dict[str, int]]:
     report = SkipReport()
     return list(read_files([path], report, **settings)), dict(report.counts)
+
+
+def tokenize(documents: list[str], backend: Tokenizer, separator_id: int = 3) -> tuple[list[int], list[int]]:
+    tokenizer = DocumentTokenizer(TokenizingSettings(backend, np.dtype(np.uint32), separator_id, FilterArguments()))
+    result = tokenizer(documents)
+    return result.tokens.tolist(), result.lengths.tolist()
 
 
 def arguments(tmp_path: Path, **settings) -> DataArguments:
@@ -91,11 +105,13 @@ def test_file_named_twice_is_read_once(tmp_path):
 
 def test_special_tokens_in_prose_are_text(tmp_path, word_pieces):
     documents = [f"{document} Replace [MASK] by [SEP] here." for document in DOCUMENTS]
-    counts = write_rows(documents, word_pieces.backend_tokenizer, 3, 16, 4, tmp_path, SkipReport())
-    train = np.fromfile(tmp_path / "train.bin", np.uint16)
-    held_out = np.fromfile(tmp_path / "eval.bin", np.uint16)
+    (tmp_path / "text.txt").write_text("\n".join(documents))
+    word_pieces.save_pretrained(tmp_path / "tokenizer")
+    files = {"train_files": [str(tmp_path / "text.txt")], "tokenizer_name": str(tmp_path / "tokenizer")}
+    corpus = prepare_corpus(arguments(tmp_path, eval_rows=4, **files))
+    train, held_out = corpus.train_dataset.rows, corpus.eval_dataset.rows
     assert word_pieces.mask_token_id not in np.concatenate([train, held_out])
-    assert (train == 3).sum() <= counts["documents"]  # a separator a document and none from its text
+    assert (train == 3).sum() <= len(documents)  # a separator a document and none from its text
     assert word_pieces("a [MASK] b")["input_ids"].count(word_pieces.mask_token_id) == 1  # its owner's is left alone
 
 
@@ -131,7 +147,7 @@ def test_local_dataset_is_known_by_its_content(tmp_path):
 def test_text_without_a_usable_document_says_why(tmp_path):
     (tmp_path / "set").mkdir()
     pq.write_table(pa.table({"text": list(range(50))}), tmp_path / "set/train.parquet")
-    with pytest.raises(DataError, match=r"0 tokens \(no text \(50\) left out\)"):
+    with pytest.raises(DataError, match=r"gives no document \(no text \(50\)\)"):
         prepare_corpus(arguments(tmp_path, dataset_name=str(tmp_path / "set")))
 
 
@@ -182,30 +198,23 @@ def test_words_encoded_once_give_the_tokens_of_the_whole(word_pieces, kind):
     ]
     rng = random.Random(0)
     documents = ["".join(rng.choices(signs, k=60)) for _ in range(2000)]
-    documents += ["", "  \n ", "a" * 150, "word " + "b" * 101 + "\n"]
+    documents += ["a" * 150, "word " + "b" * 101 + "\n"]
     expected = [[*encoding.ids, 3] for encoding in backend.encode_batch(documents, add_special_tokens=False)]
-    batches = list(tokenize_documents(documents, backend, np.dtype(np.uint16), 3))
-    assert np.concatenate([tokens for _, tokens, _ in batches]).tolist() == sum(expected, [])
-    assert np.concatenate([lengths for _, _, lengths in batches]).tolist() == [len(tokens) for tokens in expected]
+    assert tokenize(["", "  \n ", *documents], backend) == (sum(expected, []), [len(tokens) for tokens in expected])
 
 
 def test_a_full_word_cache_changes_nothing(word_pieces, monkeypatch):
     backend = plain_text_tokenizer(word_pieces.backend_tokenizer)
-
-    def tokens():
-        return np.concatenate([part for _, part, _ in tokenize_documents(DOCUMENTS, backend, np.dtype("u2"), 3)])
-
-    expected = tokens()
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 200)
-    monkeypatch.setattr(packing, "CACHED_WORDS", 5)
-    np.testing.assert_array_equal(tokens(), expected)
+    expected, _ = tokenize(DOCUMENTS, backend)
+    monkeypatch.setattr(tokenizing, "CACHED_WORDS", 5)
+    tokenizer = DocumentTokenizer(TokenizingSettings(backend, np.dtype(np.uint16), 3, FilterArguments()))
+    parts = [tokenizer(DOCUMENTS[start : start + 7]).tokens for start in range(0, len(DOCUMENTS), 7)]
+    assert np.concatenate(parts).tolist() == expected
 
 
 def test_other_tokenizers_encode_whole_documents():
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "\u2581": 2, "\u2581a": 3}, [("\u2581", "a")]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     assert not has_independent_words(backend)
-    [(_, tokens, lengths)] = tokenize_documents(["a b", "b a"], backend, np.dtype(np.uint32), 9)
-    expected = [backend.encode(text).ids for text in ("a b", "b a")]
-    assert tokens.tolist() == [*expected[0], 9, *expected[1], 9]
-    assert lengths.tolist() == [len(ids) + 1 for ids in expected]
+    expected = [[*backend.encode(text).ids, 9] for text in ("a b", "b a")]
+    assert tokenize(["a b", "b a"], backend, 9) == (sum(expected, []), [len(ids) for ids in expected])

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from hf_cram.data import pipeline
+from hf_cram.data import sources
 from hf_cram.data.installed_docs import (
     fingerprint_installed,
     module_paragraphs,
@@ -161,8 +161,8 @@ def test_default_text_is_extracted_once(tmp_path, monkeypatch):
         calls.append(1)
         yield from (f"The sentence number {index} of the documentation is here." for index in range(300))
 
-    monkeypatch.setattr(pipeline, "read_installed_docs", documents)
-    monkeypatch.setattr(pipeline, "fingerprint_installed", lambda: "environment")
+    monkeypatch.setattr(sources, "read_installed_docs", documents)
+    monkeypatch.setattr(sources, "fingerprint_installed", lambda: "environment")
     settings = {"vocab_size": 200, "max_seq_length": 16, "eval_rows": 4, "cache_dir": str(tmp_path)}
     corpus = prepare_corpus(DataArguments(**settings))
     assert corpus.statistics["documents"] == 300

@@ -7,9 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_cram.data.packing import PackedRows, choose_eval_documents, token_dtype, write_rows
-from hf_cram.data.sources import DataError, SkipReport
+from hf_cram.data import token_shards
+from hf_cram.data.errors import DataError
+from hf_cram.data.filtering import FilterArguments
+from hf_cram.data.packing import PackedRows, choose_eval_documents, pack_rows, token_dtype
+from hf_cram.data.token_shards import write_token_shards
 from hf_cram.data.tokenization import train_tokenizer
+from hf_cram.data.tokenizing import TokenizingSettings
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
@@ -21,13 +25,12 @@ def wordpiece():
 
 def pack(documents, tokenizer, folder, length=8, eval_rows=2):
     folder.mkdir(parents=True, exist_ok=True)
-    report = SkipReport()
-    statistics = write_rows(
-        documents, tokenizer.backend_tokenizer, tokenizer.sep_token_id, length, eval_rows, folder, report
-    )
     dtype = token_dtype(len(tokenizer))
+    settings = TokenizingSettings(tokenizer.backend_tokenizer, dtype, tokenizer.sep_token_id, FilterArguments())
+    shards = write_token_shards(documents, settings, folder / "shards", dict)
+    statistics = pack_rows(shards, length, eval_rows, folder)
     rows = {name: PackedRows(folder / f"{name}.bin", dtype, length) for name in ("train", "eval")}
-    return statistics, rows["train"].rows, rows["eval"].rows, report
+    return {**statistics, "tokens": shards.num_tokens}, rows["train"].rows, rows["eval"].rows, shards
 
 
 def make_documents(count, seed=0):
@@ -122,15 +125,26 @@ def test_one_huge_document_stays_in_training(wordpiece, tmp_path):
 
 
 def test_documents_without_tokens_are_counted(wordpiece, tmp_path):
-    statistics, train, held_out, report = pack([*make_documents(50), "语言", "→"], wordpiece, tmp_path)
-    assert statistics["documents"] == 50
-    assert report.counts == {"no token of the vocabulary": 2}
+    _, _, _, shards = pack([*make_documents(50), "语言", "→"], wordpiece, tmp_path)
+    assert shards.total("documents") == 50
+    assert shards.dropped() == {"no token of the vocabulary": 2}
 
 
 @pytest.mark.parametrize("documents", [["alpha beta"], ["alpha beta gamma delta " * 20]])
 def test_a_text_too_small_is_a_clear_error(wordpiece, tmp_path, documents):
     with pytest.raises(DataError, match="too few to hold some out|fewer than one training row"):
         pack(documents, wordpiece, tmp_path)
+
+
+def test_rows_do_not_depend_on_the_shards(wordpiece, tmp_path, monkeypatch):
+    documents = make_documents(300)
+    _, *one, shards = pack(documents, wordpiece, tmp_path / "one", eval_rows=4)
+    assert len(shards.summaries) == 1
+    monkeypatch.setattr(token_shards, "SHARD_CHARACTERS", 700)
+    _, *many, shards = pack(documents, wordpiece, tmp_path / "many", eval_rows=4)
+    assert len(shards.summaries) > 20
+    for rows, expected in zip(many, one, strict=True):
+        np.testing.assert_array_equal(rows, expected)
 
 
 def test_ids_are_stored_small():

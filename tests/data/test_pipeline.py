@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_cram.data import pipeline
-from hf_cram.data.pipeline import DataArguments, cached_entry, is_complete, prepare_corpus
-from hf_cram.data.sources import DataError
+from hf_cram.data import stages, texts, token_shards
+from hf_cram.data.cache import cached_entry, is_complete
+from hf_cram.data.errors import DataError
+from hf_cram.data.ordering import OrderingArguments, score_rows
+from hf_cram.data.pipeline import DataArguments, prepare_corpus
+from hf_cram.data.publish import export_corpus
 
 WORDS = ["the", "of", "and", "a", "to", "in", "is", "was", "that", "it", "for", "on", "as", "with", "his", "he"]
 
@@ -61,11 +65,19 @@ def test_what_matters_rebuilds_and_what_does_not_does_not(tmp_path, text):
         {"max_seq_length": 32},
         {"eval_rows": 3},
         {"max_documents": 200},
+        {"drop_below_characters": 60},
+        {"sample_dropped": 1, "drop_below_characters": 60},
+        {"row_order": "random"},
+        {"row_order": "random", "row_order_seed": 1},
+        {"row_order": "unigram"},
+        {"row_order": "unigram", "reverse_row_order": True},
+        {"max_train_tokens": 3000},
     ):
         corpus = prepare_corpus(arguments(tmp_path, text, **change))
         assert not corpus.from_cache, change
         folders.add(corpus.directory)
-    assert len(folders) == 5
+    assert len(folders) == 12
+    assert prepare_corpus(arguments(tmp_path, text, preprocessing_workers=1)).from_cache
     with pytest.raises(DataError, match="too few to hold some out"):  # the whole file as one document
         prepare_corpus(arguments(tmp_path, text, text_file_documents="blank_line"))
     text.write_text(text.read_text() + "\none more document")
@@ -74,7 +86,7 @@ def test_what_matters_rebuilds_and_what_does_not_does_not(tmp_path, text):
 
 def test_another_row_length_keeps_the_tokenizer(tmp_path, text, monkeypatch):
     prepare_corpus(arguments(tmp_path, text))
-    monkeypatch.setattr(pipeline, "train_tokenizer", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(stages, "train_tokenizer", lambda *args, **kwargs: pytest.fail("trained again"))
     prepare_corpus(arguments(tmp_path, text, max_seq_length=32))
 
 
@@ -111,7 +123,7 @@ def test_disk_errors_are_one_line(tmp_path, text, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "write_rows", full)
+    monkeypatch.setattr(stages, "pack_rows", full)
     with pytest.raises(DataError, match="No space left on device.*cache_dir"):
         prepare_corpus(arguments(tmp_path, text))
     (tmp_path / "file").write_text("")
@@ -121,13 +133,13 @@ def test_disk_errors_are_one_line(tmp_path, text, monkeypatch):
 
 KILLED = """
 import sys
-from hf_cram.data import pipeline
+from hf_cram.data.cache import cached_entry
 from pathlib import Path
 def write(folder):
     (folder / "part.bin").write_bytes(b"x" * 1000)
     print("writing", flush=True)
     import time; time.sleep(60)
-pipeline.cached_entry(Path(sys.argv[1]), write, False)
+cached_entry(Path(sys.argv[1]), write, False)
 """
 
 
@@ -174,6 +186,10 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"max_seq_length": 4}, "at least 8"),
         ({"eval_rows": 0}, "eval_rows must be at least 1"),
         ({"max_documents": 0}, "max_documents"),
+        ({"max_train_tokens": 0}, "max_train_tokens must be at least 1"),
+        ({"preprocessing_workers": 0}, "preprocessing_workers must be at least 1"),
+        ({"row_order": "alphabetical"}, "row_order must be one of"),
+        ({"min_letter_share": 2}, "min_letter_share is a share"),
     ):
         with pytest.raises(DataError, match=message):
             DataArguments(**values)
@@ -185,3 +201,289 @@ def test_a_hit_writes_nothing(tmp_path, text):
     time.sleep(0.01)
     prepare_corpus(arguments(tmp_path, text))
     assert {path: path.stat().st_mtime_ns for path in corpus.directory.rglob("*")} == before
+
+
+def content(corpus):
+    """Every file of a corpus but the times and the memory that its steps took."""
+    files = {
+        str(path.relative_to(corpus.directory)): path.read_bytes()
+        for path in corpus.directory.rglob("*")
+        if path.is_file() and path.name not in ("statistics.json", "manifest.json")
+    }
+    statistics = json.loads((corpus.directory / "statistics.json").read_text())
+    steps = [{**step, "seconds": 0, "peak_memory_bytes": 0} for step in statistics["steps"]]
+    return files, {**statistics, "steps": steps}
+
+
+EVERYTHING = {
+    "max_tokens_per_character": 0.5, "drop_below_characters": 72, "sample_dropped": 2, "row_order": "word_length",
+}  # fmt: skip
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(token_shards, "SHARD_CHARACTERS", 5000)
+    monkeypatch.setattr(token_shards, "BATCH_CHARACTERS", 1000)
+    one, *others = [
+        content(prepare_corpus(arguments(tmp_path / str(workers), text, preprocessing_workers=workers, **EVERYTHING)))
+        for workers in (1, 2, 3)
+    ]
+    assert one[1]["dropped"]
+    assert "dropped/too_few_characters.jsonl" in one[0]
+    for other in others:
+        assert other == one
+
+
+INTERRUPTED = """
+import json, sys
+from hf_cram.data import token_shards
+from hf_cram.data.pipeline import DataArguments, prepare_corpus
+from hf_cram.data.publish import export_corpus
+token_shards.SHARD_CHARACTERS, token_shards.BATCH_CHARACTERS = 3000, 1000
+write_next = token_shards.TokenShards.write_next
+def tell(shards, *args):
+    write_next(shards, *args)
+    print(len(shards.summaries), flush=True)
+    if len(shards.summaries) == int(sys.argv[2]):
+        sys.stdin.read()  # until the signal comes
+token_shards.TokenShards.write_next = tell
+prepare_corpus(DataArguments(**json.loads(sys.argv[1])))
+"""
+
+
+def test_killed_between_shards_it_goes_on_to_the_same_bytes(tmp_path, text, python_environment, monkeypatch):
+    values = {
+        "train_files": [str(text)], "vocab_size": 200, "max_seq_length": 16, "eval_rows": 4,
+        "cache_dir": str(tmp_path / "cache"), "preprocessing_workers": 2, **EVERYTHING,
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, json.dumps(values), "4"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=python_environment,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line == "4\n":
+            break
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    assert workers
+    monkeypatch.setattr(token_shards, "SHARD_CHARACTERS", 3000)
+    monkeypatch.setattr(token_shards, "BATCH_CHARACTERS", 1000)
+    (unfinished,) = (tmp_path / "cache/tokens").glob("*.unfinished")
+    before = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.json")}
+    assert len(before) == 4
+    resumed = prepare_corpus(DataArguments(**values))
+    (shards,) = (tmp_path / "cache/tokens").glob("*/shards")
+    assert {name: (shards / name).stat().st_mtime_ns for name in before} == before
+    assert len([*shards.glob("*.json")]) > 6
+    assert not unfinished.exists()
+    whole = prepare_corpus(
+        DataArguments(**{**values, "cache_dir": str(tmp_path / "other"), "preprocessing_workers": 1})
+    )
+    assert content(resumed) == content(whole)
+    (whole_shards,) = (tmp_path / "other/tokens").glob("*/shards")
+    assert {p.name: p.read_bytes() for p in shards.iterdir()} == {
+        p.name: p.read_bytes() for p in whole_shards.iterdir()
+    }
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):  # orphans end by themselves
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+KILLED_ANYWHERE = """
+import json, sys
+from hf_cram.data import token_shards
+from hf_cram.data.pipeline import DataArguments, prepare_corpus
+token_shards.SHARD_CHARACTERS, token_shards.BATCH_CHARACTERS = 20_000, 5000
+print("begun", flush=True)
+prepare_corpus(DataArguments(**json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, python_environment, monkeypatch):
+    text = write_text(tmp_path / "text.txt", documents=20_000)
+    values = {
+        "train_files": [str(text)], "vocab_size": 200, "max_seq_length": 16, "eval_rows": 4, "preprocessing_workers": 2,
+        "near_dedup_similarity": 0.9, "dedup_substring_bytes": 80, **EVERYTHING,
+    }  # fmt: skip
+    monkeypatch.setattr(token_shards, "SHARD_CHARACTERS", 20_000)
+    monkeypatch.setattr(token_shards, "BATCH_CHARACTERS", 5000)
+    started = time.monotonic()
+    whole = prepare_corpus(DataArguments(**values, cache_dir=str(tmp_path / "whole")))
+    seconds = time.monotonic() - started
+    killed = json.dumps({**values, "cache_dir": str(tmp_path / "killed")})
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 12:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_ANYWHERE, killed], stdout=subprocess.PIPE, text=True, env=python_environment
+        )
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(rng.uniform(0, seconds / 2))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        if process.returncode == 0:  # it was quicker
+            shutil.rmtree(tmp_path / "killed")
+    resumed = prepare_corpus(DataArguments(**json.loads(killed)))
+    assert content(resumed) == content(whole)
+
+
+def test_overwriting_begins_anew(tmp_path, text):
+    first = prepare_corpus(arguments(tmp_path, text))
+    (shards,) = (tmp_path / "cache/tokens").glob("*/shards")
+    unfinished = shards.parent.with_name(f"{shards.parent.name}.unfinished")
+    unfinished.mkdir()
+    (unfinished / "shard-00000.json").write_text("{}")  # whole, as far as sizes tell: nothing read, nothing kept
+    (unfinished / "shard-00000.tokens").write_bytes(b"")
+    (unfinished / "shard-00000.documents").write_bytes(b"")
+    again = prepare_corpus(arguments(tmp_path, text, overwrite_cache=True))
+    assert not again.from_cache
+    assert content(again) == content(first)
+
+
+def test_rows_are_all_that_a_hit_needs(tmp_path, text):
+    prepare_corpus(arguments(tmp_path, text))
+    for name in ("tokens", "tokenizers"):
+        shutil.rmtree(tmp_path / "cache" / name)
+    corpus = prepare_corpus(arguments(tmp_path, text))
+    assert corpus.from_cache
+    assert len(corpus.tokenizer) == 200
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["corpora"]
+
+
+def test_another_order_of_rows_reads_no_text(tmp_path, text, monkeypatch):
+    plain = prepare_corpus(arguments(tmp_path, text))
+    monkeypatch.setattr(stages, "write_token_shards", lambda *args, **kwargs: pytest.fail("read again"))
+    ordered = prepare_corpus(arguments(tmp_path, text, row_order="word_length"))
+    np.testing.assert_array_equal(ordered.eval_dataset.rows, plain.eval_dataset.rows)
+    order = np.load(ordered.directory / "row_order.npy")
+    assert sorted(order) == list(range(len(plain.train_dataset)))
+    np.testing.assert_array_equal(ordered.train_dataset.rows, plain.train_dataset.rows[order])
+    scores = score_rows(ordered.train_dataset.rows, ordered.tokenizer, OrderingArguments(row_order="word_length"))
+    assert (np.diff(scores) >= 0).all()
+    assert scores[0] < scores[-1]
+    histogram = ordered.statistics["row_scores"]
+    assert sum(histogram["counts"]) == len(order)
+    assert (histogram["edges"][0], histogram["edges"][-1]) == (scores[0], scores[-1])
+    assert histogram["row_order"] == "word_length"
+
+
+def test_what_went_in_and_out_is_counted(tmp_path, text, monkeypatch):
+    lines = text.read_text().splitlines()
+    (tmp_path / "more.jsonl").write_text('{"text": "short"}\n{"text": 5}\n{"text": "他们 说 的 是 什么"}\n')
+    sources = {"lines": {"train_files": [str(text)]}, "more": {"train_files": [str(tmp_path / "more.jsonl")]}}
+    corpus = prepare_corpus(
+        arguments(tmp_path, text, train_files=None, sources=sources, drop_below_characters=10, sample_dropped=5)
+    )
+    statistics = corpus.statistics
+    assert statistics["documents"] == 300
+    assert statistics["characters"] == sum(map(len, lines))
+    assert statistics["dropped"] == {"no token of the vocabulary": 1, "too few characters": 1}
+    assert statistics["skipped"] == {"no text": 1}
+    assert statistics["sources"]["more"]["documents"] == 2
+    assert statistics["sources"]["lines"] == {"documents": 300, "characters": sum(map(len, lines))}
+    assert "short" in (corpus.directory / "dropped/too_few_characters.jsonl").read_text()
+    steps = {step["step"]: step for step in statistics["steps"]}
+    assert list(steps) == ["tokenizer", "filter and tokenize", "pack"]
+    tokenize = steps["filter and tokenize"]
+    assert (tokenize["documents_in"], tokenize["documents_out"]) == (302, 300)
+    assert tokenize["tokens_out"] == statistics["tokens"] == steps["pack"]["tokens_in"]
+    assert steps["pack"]["tokens_out"] == corpus.train_dataset.num_tokens + corpus.eval_dataset.num_tokens
+    assert all(step["seconds"] > 0 and step["peak_memory_bytes"] > 10**7 for step in steps.values())
+    table = corpus.table.splitlines()
+    assert len(table) == 4
+    assert table[2].split()[3:5] == ["302", "300"]
+
+
+def test_reading_stops_when_training_has_enough(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(token_shards, "BATCH_CHARACTERS", 1000)
+    corpus = prepare_corpus(arguments(tmp_path, text, max_train_tokens=1000))
+    assert corpus.statistics["steps"][0]["characters_in"] < 8 * 1064 + 200  # the tokenizer has read no more either
+    assert 1000 - 16 <= corpus.train_dataset.num_tokens < 2500
+    assert corpus.statistics["sources"]["text.txt"]["documents"] < 200
+
+
+@pytest.fixture
+def repetitive(tmp_path):
+    """Documents with near copies of some, and one passage in many."""
+    rng = np.random.default_rng(1)
+    words = [f"w{number}" for number in range(500)]
+    originals = [" ".join(rng.choice(words, 60)) for _ in range(120)]
+    passage = " ".join(rng.choice(words, 30))
+    lines = []
+    for index, document in enumerate(originals):
+        lines.append(f"{document} {passage} {index}" if index % 10 == 0 else document)
+        if index % 4 == 1:
+            lines.append(document.replace(document.split()[30], "changed", 1))
+    return write_lines(tmp_path / "repetitive.txt", lines), passage, lines
+
+
+def write_lines(path, lines):
+    path.write_text("\n".join(lines))
+    return path
+
+
+def text_of(corpus):
+    rows = np.concatenate([corpus.train_dataset.rows.ravel(), corpus.eval_dataset.rows.ravel()])
+    return corpus.tokenizer.decode(rows)
+
+
+def test_what_stood_before_goes(tmp_path, repetitive):
+    path, passage, lines = repetitive
+    near = {"near_dedup_similarity": 0.7}
+    exact = {"dedup_substring_bytes": 60}
+    plain = prepare_corpus(arguments(tmp_path, path, vocab_size=400))
+    without_near = prepare_corpus(arguments(tmp_path, path, vocab_size=400, **near))
+    without_both = prepare_corpus(arguments(tmp_path, path, vocab_size=400, **near, **exact))
+    assert without_both.directory != without_near.directory != plain.directory
+    assert text_of(plain).count(passage) == text_of(without_near).count(passage) == 12
+    assert text_of(plain).count("changed") >= 28
+    assert text_of(without_near).count("changed") == 0
+    assert text_of(without_both).count(passage) == 1
+    statistics = without_both.statistics
+    assert statistics["removed"]["near_duplicates"] == 30
+    assert statistics["removed"]["repeated_substrings"]["bytes_removed"] >= 11 * (len(passage) - 2)
+    assert statistics["sources"] == {"repetitive.txt": {"documents": 150, "characters": sum(map(len, lines))}}
+    steps = {step["step"]: step for step in statistics["steps"]}
+    assert list(steps) == ["near duplicates", "repeated substrings", "tokenizer", "filter and tokenize", "pack"]
+    assert (steps["near duplicates"]["documents_in"], steps["near duplicates"]["documents_out"]) == (150, 120)
+    assert steps["repeated substrings"]["documents_in"] == 120
+    assert steps["tokenizer"]["documents_in"] == steps["repeated substrings"]["documents_out"]
+    assert prepare_corpus(arguments(tmp_path, path, vocab_size=400, **near, **exact, dedup_memory_mb=200)).from_cache
+
+
+def test_deduplicated_text_in_many_files_is_the_same(tmp_path, repetitive, monkeypatch):
+    path, *_ = repetitive
+    one = prepare_corpus(arguments(tmp_path / "one", path, vocab_size=400, dedup_substring_bytes=60))
+    monkeypatch.setattr(texts, "FILE_CHARACTERS", 3000)
+    many = prepare_corpus(arguments(tmp_path / "many", path, vocab_size=400, dedup_substring_bytes=60))
+    assert len([*(tmp_path / "many/cache/deduplicated").glob("*/documents-*.jsonl.zst")]) > 5
+    assert content(many) == content(one)
+
+
+def test_deduplication_for_a_limit_reads_the_beginning(tmp_path, repetitive):
+    path, *_ = repetitive
+    corpus = prepare_corpus(
+        arguments(tmp_path, path, vocab_size=400, near_dedup_similarity=0.7, max_train_tokens=900, eval_rows=1)
+    )
+    steps = {step["step"]: step for step in corpus.statistics["steps"]}
+    assert 8 * 916 <= steps["near duplicates"]["characters_in"] < 8 * 916 + 500
+    assert corpus.train_dataset.num_tokens >= 880
+
+
+def test_a_published_corpus_gives_its_rows(tmp_path, text):
+    made = prepare_corpus(arguments(tmp_path, text, row_order="word_length"))
+    export_corpus(made, tmp_path / "published")
+    published = {"dataset_name": str(tmp_path / "published"), "cache_dir": str(tmp_path / "cache")}
+    corpus = prepare_corpus(DataArguments(**published))
+    assert not corpus.from_cache
+    np.testing.assert_array_equal(corpus.train_dataset.rows, made.train_dataset.rows)
+    np.testing.assert_array_equal(corpus.eval_dataset.rows, made.eval_dataset.rows)
+    assert corpus.train_dataset.max_seq_length == 16
+    assert corpus.table == made.table
+    assert prepare_corpus(DataArguments(**published)).from_cache
+    with pytest.raises(DataError, match="max_seq_length 64"):
+        prepare_corpus(DataArguments(**published, max_seq_length=64))

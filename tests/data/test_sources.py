@@ -4,27 +4,53 @@ import csv
 import gzip
 import json
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from conftest import REPOSITORY
+from datasets import IterableDataset
 
 from hf_cram.data.sources import (
     DataError,
     SkipReport,
+    SourceArguments,
+    TextSource,
     expand_files,
     fingerprint_files,
     load_hub_dataset,
     read_files,
     read_hub_dataset,
 )
+from hf_cram.recipes import RecipeParser
 
+TEXT_RECIPES = sorted((REPOSITORY / "training_args" / "text").glob("*.yaml"))
+DCLM_FOLDER = "filtered/OH_eli5_vs_rw_v2_bigram_200k_train/fasttext_openhermes_reddit_eli5_vs_rw_v2_bigram_200k_train/processed_data"
+COSMOPEDIA = (
+    "auto_math_text",
+    "khanacademy",
+    "openstax",
+    "stanford",
+    "stories",
+    "web_samples_v1",
+    "web_samples_v2",
+    "wikihow",
+)
 DOCUMENTS = ["The first document.", "The second, with an é and a “quote”.", "The third."]
 
 
 def read(path, report=None, **options):
     return list(read_files(expand_files([str(path)]), report or SkipReport(), **options))
+
+
+def readme(configurations):
+    """The card of a data set whose configurations each have a pattern of training files."""
+    lines = ["---", "license: other", *(["configs:"] if configurations else [])]
+    for name, pattern in configurations.items():
+        lines += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {pattern}"]
+    return "\n".join([*lines, "---", "# Card", ""])
 
 
 def write_all_kinds(folder):
@@ -169,6 +195,159 @@ def test_a_folder_laid_out_like_a_hub_data_set(tmp_path, streaming, monkeypatch)
         load_hub_dataset(str(folder), "english", "train", None, "body", streaming)
     with pytest.raises(DataError, match="cannot be loaded"):
         load_hub_dataset(str(folder), "german", "train", None, "text", streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_inside_a_data_set(tmp_path, streaming):
+    folder = tmp_path / "corpus"
+    for name, texts in (("english", DOCUMENTS), ("german", ["Anders."])):
+        (folder / name / "partial-train").mkdir(parents=True)
+        pq.write_table(pa.table({"text": texts}), folder / name / "partial-train" / "0000.parquet")
+    dataset = load_hub_dataset(str(folder), None, "train", None, "text", streaming, data_dir="english")
+    assert list(read_hub_dataset(dataset, "corpus", SkipReport(), "text", 1000)) == DOCUMENTS
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_hub_dataset(str(folder), None, "train", None, "text", streaming, data_dir="french")
+
+
+def test_configuration_and_folder_are_part_of_the_identity(tmp_path):
+    folder = tmp_path / "corpus"
+    for name in ("english", "german"):
+        (folder / name).mkdir(parents=True)
+        pq.write_table(pa.table({"text": [name]}), folder / name / "train-0.parquet")
+    (folder / "README.md").write_text(readme({name: f"{name}/train-*" for name in ("english", "german")}))
+    choices = [{"dataset_config_name": "english"}, {"dataset_config_name": "german"}, {"dataset_data_dir": "german"}]
+    sources = [
+        TextSource(SourceArguments(dataset_name=str(folder), streaming=True, **choice), tmp_path) for choice in choices
+    ]
+    assert [list(source.documents()) for source in sources] == [["english"], ["german"], ["german"]]
+    assert len({source.identity for source in sources}) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_data_set_is_one_clear_line(tmp_path, streaming):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    content = b"".join(b'{"text": "%d %s"}\n' % (number, os.urandom(99).hex().encode()) for number in range(999))
+    (folder / "train-0.jsonl.gz").write_bytes(gzip.compress(content))
+    (folder / "train-1.jsonl.gz").write_bytes(gzip.compress(content)[:-2000])
+    with pytest.raises(DataError, match="data set .*corpus.*(reading it failed|cannot be loaded)") as caught:  # noqa: PT012
+        source = TextSource(SourceArguments(dataset_name=str(folder), streaming=streaming), tmp_path)
+        list(source.documents())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_that_shows_its_columns_late():
+    dataset = IterableDataset.from_generator(lambda: iter([{"text": "one"}, {"body": "two"}]))
+    documents = read_hub_dataset(dataset, "corpus", SkipReport(), "text", 1000)
+    assert next(documents) == "one"
+    with pytest.raises(DataError, match="data set 'corpus': no column 'text': set text_column"):
+        next(documents)
+
+
+def test_a_data_set_that_needs_code_names_the_way_out(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "corpus.py").write_text("raise SystemExit('this code has run')\n")
+    with pytest.raises(DataError, match="scripts are no longer supported.*dataset_revision: refs/convert/parquet"):
+        load_hub_dataset(str(folder), None, "train", None, "text", True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_without_text_is_an_error(tmp_path, streaming):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["", None, " "]}), folder / "train.parquet")
+    source = TextSource(SourceArguments(dataset_name=str(folder), streaming=streaming), tmp_path)
+    with pytest.raises(DataError, match=r"gives no document \(no text \(1\)\)"):
+        list(source.documents())
+
+
+# How the Hub's data sets look: the files of the text that a recipe reads, others beside them that it must not read, and
+# the configurations of their card.
+HUB_LAYOUTS = {
+    "allenai/c4": (
+        {"en": "en/c4-train.*.json.gz", "realnewslike": "realnewslike/c4-train.*.json.gz"},
+        ["en/c4-train.00000-of-01024.json.gz", "en/c4-train.00001-of-01024.json.gz"],
+        ["en/c4-validation.00000-of-00008.json.gz", "realnewslike/c4-train.00000-of-00512.json.gz"],
+    ),
+    "wikimedia/wikipedia": (
+        {"20231101.ab": "20231101.ab/train-*", "20231101.en": "20231101.en/train-*"},
+        ["20231101.en/train-00000-of-00041.parquet", "20231101.en/train-00001-of-00041.parquet"],
+        ["20231101.ab/train-00000-of-00001.parquet"],
+    ),
+    "lucadiliello/bookcorpusopen": ({}, ["data/train-00000-of-00014-0123456789abcdef.parquet"], []),
+    "monology/pile-uncopyrighted": (
+        {}, ["train/00.jsonl.zst", "train/01.jsonl.zst"], ["val.jsonl.zst", "test.jsonl.zst"]
+    ),
+    "EleutherAI/the_pile_deduplicated": ({}, ["data/train-00000-of-01650-f70471ee3deb09c0.parquet"], []),
+    "oscar-corpus/oscar": (
+        {},
+        ["unshuffled_deduplicated_en/partial-train/0000.parquet", "unshuffled_deduplicated_en/partial-train/0001.parquet"],
+        ["unshuffled_deduplicated_af/train/0000.parquet", "unshuffled_original_en/partial-train/0000.parquet"],
+    ),
+    "vietgpt/openwebtext_en": ({}, ["data/train-00000-of-00080-0123456789abcdef.parquet"], []),
+    "HuggingFaceFW/fineweb-edu": (
+        {"default": "data/*/*", "sample-10BT": "sample/10BT/*", "sample-100BT": "sample/100BT/*"},
+        ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"],
+        ["data/CC-MAIN-2013-20/train-00000-of-00014.parquet", "sample/100BT/000_00000.parquet"],
+    ),
+    "mlfoundations/dclm-baseline-1.0-parquet": (
+        {},
+        [f"{DCLM_FOLDER}/global-shard_01_of_10/local-shard_0_of_10/shard_0000000{number}_processed.parquet"
+         for number in range(2)],
+        [f"{DCLM_FOLDER}/global-shard_01_of_10/local-shard_1_of_10/shard_00000000_processed.parquet"],
+    ),
+    "HuggingFaceTB/cosmopedia": (
+        {name: f"data/{name}/train-*" for name in COSMOPEDIA},
+        [f"data/{name}/train-00000-of-00001.parquet" for name in COSMOPEDIA],
+        [],
+    ),
+}  # fmt: skip
+
+
+def write_hub_layout(folder, name):
+    configurations, wanted, others = HUB_LAYOUTS[name]
+    for path in [*wanted, *others]:
+        rows = [{"text": f"{'Wanted' if path in wanted else 'Unwanted'} {path} {row}", "url": "x"} for row in range(3)]
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if path.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), folder / path)
+        else:
+            (folder / path).write_bytes(gzip.compress(lines) if path.endswith(".gz") else zstandard.compress(lines))
+    (folder / "README.md").write_text(readme(configurations))
+    return {f"Wanted {path} {row}" for path in wanted for row in range(3)}
+
+
+@pytest.mark.parametrize("recipe", TEXT_RECIPES, ids=lambda path: path.stem)
+def test_a_hub_recipe_reads_a_folder_that_looks_like_its_data_set(tmp_path, recipe):
+    (arguments,) = RecipeParser((SourceArguments,)).parse([str(recipe)])
+    wanted = set()
+    folders = {}
+    for name in arguments.hub_names:
+        folders[name] = tmp_path / name
+        wanted |= write_hub_layout(folders[name], name)
+    if arguments.sources is None:
+        local = replace(arguments, dataset_name=str(folders[arguments.dataset_name]))
+    else:
+        sources = {
+            name: {**values, "dataset_name": str(folders[values["dataset_name"]])}
+            for name, values in arguments.sources.items()
+        }
+        local = replace(arguments, sources=sources)
+    source = TextSource(local, tmp_path / "cache")
+    documents = list(source.documents())
+    assert set(documents) == wanted
+    assert len(documents) == len(wanted)
+    assert not source.report.counts
+
+
+@pytest.mark.parametrize("recipe", TEXT_RECIPES, ids=lambda path: path.stem)
+def test_a_hub_recipe_streams_and_has_no_network_here(tmp_path, recipe):
+    (arguments,) = RecipeParser((SourceArguments,)).parse([str(recipe)])
+    assert all(source.streaming for source in arguments.named_sources().values())
+    with pytest.raises(DataError, match="cannot be loaded"):
+        TextSource(arguments, tmp_path)
 
 
 def test_a_data_set_that_cannot_be_had():

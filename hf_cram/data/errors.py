@@ -1,0 +1,42 @@
+"""What is wrong with a text: the error for all of it, the count of the documents left out."""
+
+import difflib
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """The text cannot be used; the message names the file or data set, the cause and the way out."""
+
+
+class SkipReport:
+    """Counts documents left out, by reason, and remembers the first place of each; a `total` counts them too."""
+
+    def __init__(self, total: "SkipReport | None" = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first_places: dict[str, str] = {}
+        self.total = total
+
+    def add(self, reason: str, place: str) -> None:
+        self.counts[reason] += 1
+        self.first_places.setdefault(reason, place)
+        if self.total is not None:
+            self.total.add(reason, place)
+
+    def describe(self) -> str:
+        """The reasons in one line."""
+        return ", ".join(f"{reason} ({count})" for reason, count in sorted(self.counts.items()))
+
+    def warn(self) -> None:
+        """Log one line for each reason."""
+        for reason, count in sorted(self.counts.items()):
+            logger.warning("%d documents skipped: %s (first: %s)", count, reason, self.first_places[reason])
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean 'text'?` for the valid name most like `name`, or nothing."""
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

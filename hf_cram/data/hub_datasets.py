@@ -1,0 +1,106 @@
+"""Documents of Hub data sets, downloaded or streamed, and of folders laid out like them."""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from .errors import DataError, SkipReport
+from .text_files import ReadProgress, check_documents, fingerprint_files, missing_column
+
+
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """What loading and reading raise: not found, no such configuration, offline, cut short, not in its format."""
+    from datasets.exceptions import DatasetsError  # seconds of import that local text does not need
+
+    return DatasetsError, OSError, EOFError, RuntimeError, ValueError, zlib.error, zstandard.ZstdError
+
+
+def load_hub_dataset(
+    name: str,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    text_column: str,
+    streaming: bool,
+    data_dir: str | None = None,
+) -> Any:
+    """A Hub data set, or a folder laid out like one. Raises [`DataError`] where it cannot be had."""
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, config, data_dir=data_dir, split=split, revision=revision, streaming=streaming)
+    except _reading_errors() as error:
+        cause = _first_line(error)
+        if "scripts are no longer supported" in cause:
+            cause += "; a copy without code may be there with dataset_revision: refs/convert/parquet"
+        raise DataError(f"data set {name!r} (config {config}, split {split}) cannot be loaded: {cause}") from error
+    columns = dataset.column_names
+    if columns is not None and text_column not in columns:
+        raise missing_column(f"data set {name!r}", text_column, columns)
+    return dataset
+
+
+def fingerprint_hub_dataset(dataset: Any, name: str, revision: str | None) -> str:
+    """Identity of a loaded data set: its fingerprint, or where it streams the files' hash or the commit's."""
+    from datasets import IterableDataset
+
+    if Path(name).is_dir():  # the library's own fingerprint follows the files' times
+        return fingerprint_files(sorted(p for p in Path(name).rglob("*") if p.is_file()))
+    if not isinstance(dataset, IterableDataset):
+        return dataset._fingerprint
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except (HfHubHTTPError, OSError) as error:
+        raise DataError(
+            f"data set {name!r}: its revision cannot be asked for ({error}); set streaming: false"
+        ) from error
+
+
+def count_rows(dataset: Any, split: str) -> int | None:
+    """Rows of a loaded data set; of a stream those that its card tells, if any."""
+    from datasets import IterableDataset
+
+    if not isinstance(dataset, IterableDataset):
+        return len(dataset)
+    splits = dataset.info.splits or {}
+    return splits[split].num_examples or None if split in splits else None
+
+
+def read_hub_dataset(
+    dataset: Any,
+    name: str,
+    report: SkipReport,
+    text_column: str,
+    max_document_characters: int,
+    progress: ReadProgress | None = None,
+) -> Iterator[str]:
+    """
+    Documents of a loaded Hub data set; bad ones are counted like those of files.
+
+    Raises [`DataError`] where the data set breaks off or lacks the column, which a stream shows only when it is read.
+    """
+    progress = progress or ReadProgress()
+
+    def rows() -> Iterator[tuple[int, Any]]:
+        for number, row in enumerate(dataset.select_columns([text_column]), start=1):
+            progress.position = number
+            yield number, row[text_column]
+
+    try:
+        yield from check_documents(rows(), Path(name), report, max_document_characters)
+    except KeyError as error:
+        raise DataError(f"data set {name!r}: no column {text_column!r}: set text_column") from error
+    except _reading_errors() as error:
+        raise DataError(
+            f"data set {name!r}: reading it failed ({_first_line(error)}): start again to continue"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,257 @@
+"""Train from a corpus that was published: its rows as they are, its tokenizer, its row length."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
+from .errors import DataError
+from .packing import token_dtype
+from .text_files import fingerprint_files
+from .tokenization import load_tokenizer
+
+DESCRIPTION_NAME = "corpus.json"
+VERSION_KEY = "hf_cram_corpus"
+VERSION = 1
+COLUMN = "input_ids"
+TOKENIZER_FOLDER = "tokenizer"
+# Split of the data set -> file of a prepared corpus.
+SPLITS = {"train": "train.bin", "validation": "eval.bin"}
+ROWS_AT_ONCE = 8192
+# Settings that change no row.
+NO_SETTING_OF_ROWS = frozenset(
+    {"cache_dir", "overwrite_cache", "preprocessing_workers", "dedup_memory_mb", "streaming", "sample_dropped"}
+)
+FROM_THE_CORPUS = frozenset(
+    {"dataset_name", "dataset_config_name", "dataset_revision", "max_train_tokens", "max_seq_length", "vocab_size",
+     "tokenizer_name"}
+)  # fmt: skip
+LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,:'\"]+/)+")
+LONGEST_PATH = 200
+
+
+def row_settings(arguments: Any) -> dict[str, Any]:
+    """What of the data's arguments differs from the defaults and decides the rows, without folders of this machine."""
+    given = {spec.name: getattr(arguments, spec.name) for spec in fields(arguments)}
+    changed = {spec.name for spec in fields(arguments) if given[spec.name] != spec.default} - NO_SETTING_OF_ROWS
+    return without_folders({name: value for name, value in given.items() if name in changed})
+
+
+def without_folders(value: Any) -> Any:
+    """Plain values with every local path cut to its last part, in keys and in texts."""
+    if isinstance(value, Mapping):
+        return {without_folders(key): without_folders(content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(content) for content in value]
+    if isinstance(value, str) and "/" in value:
+        is_local = value.startswith(("/", "~")) or (len(value) < LONGEST_PATH and Path(value).exists())
+        return Path(value).name if is_local else LOCAL_FOLDERS.sub("", value)
+    return value
+
+
+def find_published_corpus(
+    name: str, config_name: str | None = None, revision: str | None = None, text_column: str = "text"
+) -> "PublishedCorpus | None":
+    """
+    The corpus in a Hub data set or a folder laid out like one; None where it holds text or cannot be looked at.
+
+    Known by its `corpus.json`, or by a column `input_ids` and none of text. A data set of the Hub is downloaded at one
+    commit, rows and tokenizer alike; without a network its last download serves. Raises [`DataError`].
+    """
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            is_described = (folder / DESCRIPTION_NAME).is_file()
+        else:
+            is_described = bool(hf_hub_download(name, DESCRIPTION_NAME, repo_type="dataset", revision=revision))
+    except EntryNotFoundError:
+        is_described = False
+    except (HTTPError, OSError, ValueError):
+        return None  # the reader of text says why
+    if not is_described and not _has_rows(name, config_name, revision, text_column):
+        return None
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return PublishedCorpus(name, folder, config_name, fingerprint_files(files))
+    folder = _download(name, revision)
+    return PublishedCorpus(name, folder, config_name, folder.name)
+
+
+def _has_rows(name: str, config_name: str | None, revision: str | None, text_column: str) -> bool:
+    from datasets import load_dataset  # seconds of import that local text does not need
+    from datasets.exceptions import DatasetsError
+
+    try:
+        splits = load_dataset(name, config_name, revision=revision, streaming=True)
+    except (ValueError, OSError, RuntimeError, DatasetsError):
+        return False
+    columns = next(iter(splits.values())).column_names or []
+    return COLUMN in columns and text_column not in columns
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The folder of the data set's files at one commit, whose name is the commit's."""
+
+    def explain_error(error: BaseException) -> HubError:
+        return explain(error, name, revision, "dataset_name", is_download=True)
+
+    try:
+        return Path(
+            with_retries(
+                lambda: snapshot_download(name, repo_type="dataset", revision=revision),
+                explain_error, RETRY_SECONDS, SILENCE_SECONDS,
+            )
+        )  # fmt: skip
+    except HubError as error:
+        raise DataError(f"data set {name!r} cannot be downloaded: {error}") from error
+
+
+class PublishedCorpus:
+    """
+    A corpus in the folder `folder` of rows of equal length and their tokenizer; `identity` changes with its content.
+
+    The tokenizer lies in a folder `tokenizer` or beside the data. Raises [`DataError`] where it or any row is missing.
+    """
+
+    def __init__(self, name: str, folder: Path, config_name: str | None, identity: str):
+        self.name, self.folder, self.config_name, self.identity = name, folder, config_name, identity
+        self.description = self._read_description()
+        tokenizer = folder / TOKENIZER_FOLDER if (folder / TOKENIZER_FOLDER).is_dir() else folder
+        if not (tokenizer / "tokenizer.json").is_file():
+            raise self.error("its rows have no tokenizer beside them (tokenizer/tokenizer.json): add that of the rows")
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.max_seq_length = len(next(self._columns("train"))[0].as_py() or ())
+        digest = hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+        if self.description.get("tokenizer_sha256", digest) != digest:
+            raise self.error("its tokenizer is not the one that was published with it: download or publish it again")
+
+    def error(self, fault: str) -> DataError:
+        """The fault as an error that names the data set."""
+        return DataError(f"data set {self.name!r}: {fault}")
+
+    def check_arguments(self, arguments: Any) -> None:
+        """
+        Raises [`DataError`] for data arguments that ask for other rows than these.
+
+        Rows, row length and tokenizer are the corpus's; what an argument leaves at its default asks for nothing.
+        """
+        made_with = self.description.get("settings", {})
+        changed = row_settings(arguments)
+        known = {**made_with, "max_seq_length": self.max_seq_length}
+        wrong = {
+            name: value for name, value in changed.items()
+            if name not in FROM_THE_CORPUS - {"max_seq_length"} and known.get(name) != value
+        }  # fmt: skip
+        if changed.get("vocab_size") not in (None, made_with.get("vocab_size"), len(self.tokenizer)):
+            wrong["vocab_size"] = changed["vocab_size"]
+        if arguments.tokenizer_name is not None and not self._has_tokenizer(arguments.tokenizer_name):
+            wrong["tokenizer_name"] = arguments.tokenizer_name
+        if wrong:
+            known["vocab_size"] = len(self.tokenizer)
+            settings = ", ".join(
+                f"{name} {value!r} (there {known.get(name, 'not set')})" for name, value in wrong.items()
+            )
+            raise self.error(f"its rows are made, and otherwise than asked for: {settings}; leave that out")
+
+    def _has_tokenizer(self, name: str) -> bool:
+        return load_tokenizer(name).backend_tokenizer.to_str() == self.tokenizer.backend_tokenizer.to_str()
+
+    def write(self, folder: Path) -> None:
+        """
+        Write the files of a prepared corpus into `folder`: rows in their order, tokenizer, statistics.
+
+        Memory holds one batch of rows. Raises [`DataError`] for rows of another length or with ids beyond the
+        vocabulary, and for rows that are not those that were published.
+        """
+        counts = {split: self._write_split(split, folder / file) for split, file in SPLITS.items()}
+        statistics = self.description.get("statistics") or {
+            "tokens": sum(counts.values()) * self.max_seq_length,
+            "train_rows": counts["train"],
+            "eval_rows": counts["validation"],
+            "dropped": {},
+            "steps": [],
+        }
+        (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+
+    def _write_split(self, split: str, path: Path) -> int:
+        """Write the split's rows; returns how many."""
+        dtype = token_dtype(len(self.tokenizer))
+        digest = hashlib.sha256()
+        count = 0
+        with open(path, "wb") as stream:
+            for column in self._columns(split):
+                rows = self._checked(column, f"split {split}, rows {count} to {count + len(column) - 1}")
+                content = rows.astype(dtype).tobytes()
+                digest.update(content)
+                stream.write(content)
+                count += len(column)
+        published = self.description.get("splits", {}).get(split)
+        if published is not None and published != {"rows": count, "sha256": digest.hexdigest()}:
+            raise self.error(
+                f"the {count} rows of split {split} are not the {published['rows']} that were published (SHA-256 "
+                f"{digest.hexdigest()[:12]}..., not {published['sha256'][:12]}...): download or publish it again"
+            )
+        return count
+
+    def _columns(self, split: str) -> Iterator[pa.Array]:
+        """Batches of the split's rows as arrays of lists of integers."""
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        is_empty = True
+        try:
+            # A stream, since a folder's cache goes by times, and the rows are written to disk once already.
+            dataset = load_dataset(str(self.folder), self.config_name, split=split, streaming=True)
+            for table in dataset.select_columns([COLUMN]).with_format("arrow").iter(ROWS_AT_ONCE):
+                column = pa.chunked_array(table[COLUMN]).combine_chunks()
+                if len(column):
+                    is_empty = False
+                    yield column
+        except (ValueError, OSError, RuntimeError, KeyError, pa.ArrowException, DatasetsError) as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(f"{self.folder}/", "")
+            raise self.error(f"its split {split} cannot be read ({cause}): download or publish it again") from error
+        if is_empty:
+            raise self.error(f"its split {split} has no rows")
+
+    def _checked(self, column: pa.Array, place: str) -> np.ndarray:
+        """The (N, max_seq_length) token ids of a batch."""
+        lengths = pc.list_value_length(column).fill_null(0)
+        if pc.any(pc.not_equal(lengths, self.max_seq_length)).as_py():
+            raise self.error(f"{place}: not all have {self.max_seq_length} tokens, as the first row: pack them anew")
+        values = column.flatten()
+        if not pa.types.is_integer(values.type) or values.null_count:
+            raise self.error(
+                f"{place}: {COLUMN} must hold token ids, got {values.type} with {values.null_count} empty"
+            )
+        ids = values.to_numpy()
+        if ids.min() < 0 or ids.max() >= len(self.tokenizer):
+            raise self.error(
+                f"{place}: ids from {ids.min()} to {ids.max()}, beyond the {len(self.tokenizer)} tokens of its "
+                "tokenizer: add the tokenizer of the rows"
+            )
+        return ids.reshape(-1, self.max_seq_length)
+
+    def _read_description(self) -> dict[str, Any]:
+        """The content of `corpus.json`; empty where there is none of ours."""
+        try:
+            description = json.loads((self.folder / DESCRIPTION_NAME).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise self.error(f"its {DESCRIPTION_NAME} cannot be read ({error}): publish it again") from error
+        if not isinstance(description, dict) or VERSION_KEY not in description:
+            return {}
+        if description[VERSION_KEY] != VERSION:
+            raise self.error(f"it was published by another hf_cram (format {description[VERSION_KEY]}): update one")
+        return description

@@ -1,0 +1,135 @@
+"""The program behind `python -m hf_cram.data.pipeline`: prepare the text of a recipe, or predict what that takes."""
+
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from .data.errors import DataError
+from .data.pipeline import DataArguments, PreparedCorpus, open_cache, prepare_corpus
+from .data.publish import PublishArguments, publish_if_asked
+from .data.sources import TextSource
+from .recipes import ModelArguments, RecipeParser
+from .script_args import CardArguments, MaskingArguments, TextBudgetArguments
+from .text_budget import is_limit_wanted, limit_text_to_budget
+from .training_args import CramTrainingArguments
+
+PROGRAM = "python -m hf_cram.data.pipeline"
+
+
+@dataclass
+class PrepareArguments:
+    """Prepare, or predict."""
+
+    dry_run: bool = field(
+        default=False, metadata={"help": "Prepare the first documents in a temporary folder and predict the totals."}
+    )
+    dry_run_documents: int = field(default=10_000, metadata={"help": "Documents of a dry run."})
+
+    def __post_init__(self) -> None:
+        if self.dry_run_documents < 1:
+            raise DataError(f"dry_run_documents must be at least 1, got {self.dry_run_documents}")
+
+
+class TrainingFields(CramTrainingArguments):
+    """The fields of training without their checks: a recipe may ask for what this machine does not have."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status. A mistake is one line on standard error."""
+    parser = RecipeParser(
+        (DataArguments, PrepareArguments, PublishArguments, ModelArguments, MaskingArguments, TextBudgetArguments,
+         CardArguments, TrainingFields),
+        prog=PROGRAM,
+    )  # fmt: skip
+    data_args, prepare_args, publish_args, model_args, masking_args, text_args, _, training_fields = parser.parse(
+        sys.argv[1:] if arguments is None else arguments
+    )
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("hf_cram").setLevel(logging.INFO)
+    try:
+        has_end = training_fields.time_budget is not None or training_fields.max_steps > 0
+        if has_end and is_limit_wanted(data_args, text_args):
+            limit_text_to_budget(data_args, model_args, masking_args, _training_args(training_fields), text_args)
+        if prepare_args.dry_run:
+            print(predict(data_args, prepare_args.dry_run_documents))
+            return 0
+        corpus = prepare_corpus(data_args)
+        print(describe(corpus))
+        print(f"in {corpus.directory}{' (was there before)' if corpus.from_cache else ''}")
+        address = publish_if_asked(corpus, publish_args, data_args)
+        if address is not None:
+            print(f"published at {address}")
+    except ValueError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _training_args(training_fields: TrainingFields) -> CramTrainingArguments:
+    given = {spec.name: getattr(training_fields, spec.name) for spec in fields(training_fields) if spec.init}
+    return CramTrainingArguments(**given)
+
+
+def describe(corpus: PreparedCorpus) -> str:
+    """What was prepared, and what each step took."""
+    statistics = corpus.statistics
+    dropped = ", ".join(f"{reason} ({count:,})" for reason, count in statistics["dropped"].items())
+    return (
+        f"{corpus.table}\ndropped: {dropped or 'nothing'}\n"
+        f"{statistics['train_rows']:,} rows to train on, {statistics['eval_rows']:,} held out"
+    )
+
+
+def predict(arguments: DataArguments, num_documents: int) -> str:
+    """
+    Totals of the whole text, from its first documents: prepared in a temporary folder, and multiplied by the share of
+    the text that they are. "unknown" where the size of a source is.
+    """
+    documents, characters, total = _measure(arguments, num_documents)
+    folder = Path(tempfile.mkdtemp(prefix="hf_cram-dry-run-"))
+    try:
+        corpus = prepare_corpus(
+            replace(
+                arguments, max_documents=documents, max_train_tokens=None, cache_dir=str(folder), overwrite_cache=False
+            )
+        )
+        disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    lines = [describe(corpus), f"of the first {documents:,} documents. The whole text is predicted to have:"]
+    if total is None:
+        return "\n".join([*lines, "unknown: a source does not tell its size"])
+    statistics = corpus.statistics
+    scale = total / characters
+    if arguments.token_limit is not None:
+        scale = min(scale, arguments.token_limit / statistics["tokens"])
+    totals = {
+        "documents read": f"{documents * scale:,.0f}",
+        "characters read": f"{characters * scale:,.0f}",
+        "documents kept": f"{statistics['documents'] * scale:,.0f}",
+        "tokens kept": f"{statistics['tokens'] * scale:,.0f}",
+        "rows": f"{statistics['tokens'] * scale / arguments.max_seq_length:,.0f}",
+        "hours": f"{sum(step['seconds'] for step in statistics['steps']) * scale / 3600:,.2f}",
+        "GB on disk": f"{disk * scale / 1e9:,.2f}",
+    }
+    return "\n".join([*lines, *(f"{name:<16}{value:>20}" for name, value in totals.items())])
+
+
+def _measure(arguments: DataArguments, num_documents: int) -> tuple[int, int, int | None]:
+    """Documents and characters of the beginning of the text, and characters of all of it where that can be told."""
+    source = TextSource(arguments, open_cache(arguments))
+    documents = characters = 0
+    for document in source.documents():
+        documents, characters = documents + 1, characters + len(document)
+        if documents >= num_documents:
+            break
+    if documents == 0:
+        raise DataError("the text holds no document")
+    return documents, characters, source.estimated_characters

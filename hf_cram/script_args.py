@@ -1,0 +1,38 @@
+"""Fields of a training recipe beside those of the model, the text and the Trainer."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class MaskingArguments:
+    """How tokens are masked in training."""
+
+    mlm_probability: str = field(
+        default="0.25",
+        metadata={"help": "Share of the tokens to predict, or phases of the budget: '0:0.30,0.5:0.15'."},
+    )
+    mask_replace_prob: float = field(default=0.8, metadata={"help": "Share of them shown as [MASK]."})
+    random_replace_prob: float = field(default=0.1, metadata={"help": "Share of them shown as a random token."})
+
+
+@dataclass
+class TextBudgetArguments:
+    """How much of the text to prepare."""
+
+    text_for_budget: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Prepare no more text than the run can consume, by the measured speed of the model and with a "
+            "reserve; default: where the text streams. max_train_tokens sets the number by hand."
+        },
+    )
+
+
+@dataclass
+class CardArguments:
+    """What the model card says of text and model."""
+
+    language: str = field(default="en", metadata={"help": "Language of the text, a code of the Hub; none: left out."})
+    model_license: str = field(
+        default="apache-2.0", metadata={"help": "Licence of the model, an identifier of the Hub; none: left out."}
+    )

@@ -1,0 +1,163 @@
+"""How much text a run can consume: the measured speed of its model times its budget."""
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import AutoModelForMaskedLM, PreTrainedConfig
+
+from .configuration_crammed_bert import CrammedBertConfig
+from .data.collator import parse_phases
+from .data.pipeline import DataArguments, open_cache
+from .data.tokenization import load_tokenizer
+from .files import write_json_atomically
+from .hardware import bf16_is_faster, largest_linear_shape
+from .script_args import MaskingArguments, TextBudgetArguments
+from .trainer import keep_random_state
+from .training_args import CramTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# What is measured are plain steps, and compiled ones are faster. A text that ends early would be repeated, while one that
+# is too long costs some preprocessing only.
+RESERVE = 2.0
+WARM_UP_STEPS = 2
+TIMED_STEPS = 5
+LONGEST_SECONDS = 10.0
+
+
+def is_limit_wanted(data_args: DataArguments, text_args: TextBudgetArguments) -> bool:
+    """Whether the run's budget is to limit the text: where that is asked for, or not said and the text streams."""
+    if data_args.max_train_tokens is not None or text_args.text_for_budget is not None:
+        return data_args.max_train_tokens is None and bool(text_args.text_for_budget)
+    return any(source.streaming for source in data_args.named_sources().values())
+
+
+def limit_text_to_budget(
+    data_args: DataArguments,
+    model_args: Any,
+    masking_args: MaskingArguments,
+    training_args: CramTrainingArguments,
+    text_args: TextBudgetArguments,
+) -> None:
+    """
+    Set `data_args.max_train_tokens` to what the run can consume, where that is wanted and not set.
+
+    The speed is measured once for each model, micro-batch and machine, and kept with the prepared text: the same run
+    finds the same rows again. Every process gets the number of the first one.
+    """
+    if not is_limit_wanted(data_args, text_args):
+        return
+    row_tokens = data_args.max_seq_length
+    limits = []
+    if training_args.max_steps > 0:
+        limits.append(training_args.max_steps * training_args.largest_batch_rows * row_tokens)
+    if training_args.time_budget_seconds is not None:
+        speed = [0.0]
+        if training_args.process_index == 0:
+            speed = [_tokens_per_second(data_args, model_args, masking_args, training_args)]
+        (tokens_per_second,) = broadcast_object_list(speed)
+        limits.append(round_up(tokens_per_second * training_args.time_budget_seconds * RESERVE))
+        logger.info(
+            "The budget can consume about %s tokens at %s tokens/s: text is read until there are %s of them "
+            "(max_train_tokens)", f"{limits[-1] / RESERVE:,.0f}", f"{tokens_per_second:,.0f}", f"{min(limits):,}",
+        )  # fmt: skip
+    data_args.max_train_tokens = max(row_tokens, min(limits))
+
+
+def round_up(number: float) -> int:
+    """The next whole number with two significant digits."""
+    unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit) * unit
+
+
+def _tokens_per_second(
+    data_args: DataArguments, model_args: Any, masking_args: MaskingArguments, training_args: CramTrainingArguments
+) -> float:
+    """The speed of all processes together: remembered, or measured now."""
+    name = data_args.tokenizer_name
+    values = {spec.name: getattr(model_args, spec.name) for spec in fields(model_args)}
+    config = CrammedBertConfig(**values, vocab_size=len(load_tokenizer(name)) if name else data_args.vocab_size)
+    rate = parse_phases(masking_args.mlm_probability)[0][1]
+    batch = (training_args.per_device_train_batch_size, data_args.max_seq_length)
+    machine = _device_name(training_args.device)
+    setting = [config.to_diff_dict(), batch, rate, training_args.fp16, training_args.bf16, machine, torch.__version__]
+    key = hashlib.blake2b(json.dumps(setting, default=str, sort_keys=True).encode(), digest_size=12).hexdigest()
+    path = open_cache(data_args) / "speeds" / f"{key}.json"
+    speed = None if data_args.overwrite_cache else _read_speed(path)
+    if speed is None:
+        speed = measure_tokens_per_second(config, training_args, batch, rate)
+        write_json_atomically(path, {"tokens_per_second": speed})
+    return speed * training_args.world_size
+
+
+def _read_speed(path: Path) -> float | None:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["tokens_per_second"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.get_num_threads()} threads"
+
+
+def measure_tokens_per_second(
+    config: PreTrainedConfig, training_args: CramTrainingArguments, batch: tuple[int, int], mlm_probability: float
+) -> float:
+    """
+    Tokens a second of one process: the fastest of some forward and backward passes of a fresh model over a micro-batch
+    of `batch` = (rows, tokens a row), not compiled, without the optimiser. Random states are left as they were.
+    """
+    device = training_args.device
+    with keep_random_state():
+        model = AutoModelForMaskedLM.from_config(config).to(device).train()
+        inputs = _random_batch(model, config.vocab_size, batch, mlm_probability, device)
+        bf16 = training_args.bf16
+        if bf16 is None and not training_args.fp16:
+            bf16 = bf16_is_faster(device, largest_linear_shape(model))
+        dtype = torch.float16 if training_args.fp16 else torch.bfloat16
+        best, started = math.inf, time.perf_counter()
+        for number in range(WARM_UP_STEPS + TIMED_STEPS):
+            begin = time.perf_counter()
+            with torch.autocast(device.type, dtype=dtype, enabled=bool(training_args.fp16 or bf16)):
+                loss = model(**inputs).loss
+            loss.backward()
+            model.zero_grad()
+            loss.item()  # waits for the device
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number >= WARM_UP_STEPS or time.perf_counter() - started > LONGEST_SECONDS:
+                best = min(best, time.perf_counter() - begin)
+            if time.perf_counter() - started > LONGEST_SECONDS:
+                break
+    del model, inputs, loss
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return batch[0] * batch[1] / best
+
+
+def _random_batch(
+    model: nn.Module, vocab_size: int, batch: tuple[int, int], mlm_probability: float, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Rows as the collator makes them, of any tokens: `input_ids` and `labels` (B, L), `masked_positions` (B, K)."""
+    rows, length = batch
+    input_ids = torch.randint(0, vocab_size, (rows, length), device=device)
+    count = max(1, round(mlm_probability * length))
+    positions = torch.arange(count, device=device).expand(rows, count) * (length // count)  # (B, K)
+    labels = torch.full_like(input_ids, -100).scatter(1, positions, input_ids.gather(1, positions))
+    inputs = {"input_ids": input_ids, "labels": labels}
+    if "masked_positions" in inspect.signature(model.forward).parameters:
+        inputs["masked_positions"] = positions
+    return inputs

@@ -1,0 +1,540 @@
+"""A prepared corpus as a folder and on a Hub on the loopback interface, and training rows out of both."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import REPOSITORY
+from datasets import Dataset, load_dataset
+from hub_server import CUT, TOKEN, Fault, running_hub
+from huggingface_hub import DatasetCard
+
+from hf_cram.data import publish
+from hf_cram.data.cache import cached_entry
+from hf_cram.data.data_card import size_category
+from hf_cram.data.errors import DataError
+from hf_cram.data.pipeline import DataArguments, open_corpus, prepare_corpus
+from hf_cram.data.publish import PublishArguments, export_corpus
+from hf_cram.data.published import find_published_corpus, row_settings, without_folders
+
+LENGTH = 16
+WORDS = [
+    "the",
+    "old",
+    "man",
+    "saw",
+    "a",
+    "boat",
+    "near",
+    "house",
+    "and",
+    "went",
+    "home.",
+    "by",
+    "night",
+    "with",
+    "his",
+]
+
+# Forks each call that is asked for, so that the imports are paid once; the waits between attempts are cut short.
+DRIVER = """
+import json, os, sys, time, types
+import huggingface_hub.constants, huggingface_hub.utils._http as client
+import datasets, matplotlib.figure, matplotlib.backends.backend_agg
+from pathlib import Path
+from hf_cram.data import publish, published
+from hf_cram.data.errors import DataError
+from hf_cram.data.pipeline import DataArguments, open_corpus
+publish.RETRY_SECONDS = published.RETRY_SECONDS = (0.05, 0.1)
+publish.SILENCE_SECONDS = published.SILENCE_SECONDS = 2.0
+client.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.01))})
+
+def push_as_asked(directory, length, given, data_given):
+    asked = publish.PublishArguments(**given)
+    return publish.publish_if_asked(open_corpus(Path(directory), length, True), asked, DataArguments(**data_given))
+
+def push(directory, length, repo_id, **options):
+    return publish.publish_corpus(open_corpus(Path(directory), length, True), repo_id, **options)
+
+def load(name, target, revision=None):
+    corpus = published.find_published_corpus(name, revision=revision)
+    if corpus is None:
+        return "no corpus"
+    Path(target).mkdir()
+    corpus.write(Path(target))
+    return corpus.max_seq_length
+
+def rows(name, target):
+    import numpy
+    for split, dataset in datasets.load_dataset(name).items():
+        numpy.array(dataset["input_ids"], dtype=numpy.uint16).tofile(f"{target}.{split}")
+    return str(dataset.features)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        for module in (huggingface_hub.constants, datasets.config):
+            setattr(module, "ENDPOINT" if module is huggingface_hub.constants else "HF_ENDPOINT", job["endpoint"])
+        huggingface_hub.constants.HF_HUB_OFFLINE = job["offline"]
+        try:
+            result = {"value": globals()[job["call"]](*job["values"], **job["options"])}
+        except DataError as error:
+            result = {"error": str(error)}
+        Path(job["log"] + ".json").write_text(json.dumps(result))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    print("done", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def call(server, tmp_path_factory):
+    """Calls a function of the driver in a process that is logged in at the server; returns its value or its error."""
+    folder = tmp_path_factory.mktemp("logs")
+    paths = [path for path in sys.path if path not in ("", str(REPOSITORY))]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))},
+        "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path_factory.mktemp("home")),
+        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *paths]),
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout.readline() == "ready\n"
+
+    def call_function(name, *values, endpoint=server.url, offline=False, **options):
+        log = folder / f"{len(list(folder.glob('*.log')))}.log"
+        values = [str(value) if isinstance(value, Path) else value for value in values]
+        job = {"call": name, "values": values, "options": options, "log": str(log), "endpoint": endpoint}
+        process.stdin.write(json.dumps({**job, "offline": offline}) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n"
+        text = log.read_text()
+        assert TOKEN not in text
+        assert log.with_suffix(".log.json").exists(), text[-3000:]
+        result = json.loads(log.with_suffix(".log.json").read_text())
+        return result.get("value", result.get("error"))
+
+    yield call_function
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("private_place")
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(5, 40))) + f" {index}" for index in range(600)]
+    lines += ["short one"] * 7
+    (folder / "text.txt").write_text("\n".join(lines))
+    return DataArguments(
+        train_files=[str(folder / "text.txt")], vocab_size=150, max_seq_length=LENGTH, eval_rows=20,
+        drop_below_characters=12, row_order="sentence_length", cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(arguments):
+    return prepare_corpus(arguments)
+
+
+@pytest.fixture(scope="module")
+def options(arguments):
+    return {"settings": row_settings(arguments), "language": "en", "license_name": "cc0-1.0"}
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, options, tmp_path_factory):
+    """The corpus exported."""
+    folder = tmp_path_factory.mktemp("export") / "corpus"
+    export_corpus(corpus, folder, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pushed(call, corpus, options):
+    """The address of the corpus on the server."""
+    return call("push", corpus.directory, LENGTH, "me/rows", private=True, **options)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the exported corpus to damage."""
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def heal(server):
+    yield
+    server.faults.clear()
+
+
+def load(name, cache):
+    """What prepare_corpus does with a published corpus."""
+    published = find_published_corpus(str(name))
+    directory, from_cache = cached_entry(cache / published.identity, published.write, False)
+    return open_corpus(directory, published.max_seq_length, from_cache)
+
+
+def assert_same(corpus, other):
+    assert np.array_equal(corpus.train_dataset.rows, other.train_dataset.rows)
+    assert np.array_equal(corpus.eval_dataset.rows, other.eval_dataset.rows)
+    assert corpus.train_dataset.rows.dtype == other.train_dataset.rows.dtype
+    assert corpus.tokenizer.backend_tokenizer.to_str() == other.tokenizer.backend_tokenizer.to_str()
+    assert corpus.tokenizer.special_tokens_map == other.tokenizer.special_tokens_map
+    assert corpus.statistics["tokens"] == other.statistics["tokens"]
+
+
+def test_the_exported_folder_loads_with_the_library_and_trains(corpus, folder, tmp_path):
+    splits = load_dataset(str(folder), cache_dir=str(tmp_path / "library"))
+    assert np.array_equal(np.array(splits["train"]["input_ids"]), corpus.train_dataset.rows)
+    assert np.array_equal(np.array(splits["validation"]["input_ids"]), corpus.eval_dataset.rows)
+    assert splits["train"].features["input_ids"].feature.dtype == "uint16"
+    assert splits["train"].features["input_ids"].length == LENGTH
+    loaded = load(folder, tmp_path)
+    assert_same(loaded, corpus)
+    assert not loaded.from_cache
+    assert load(folder, tmp_path).from_cache
+
+
+def test_rows_in_many_files_keep_their_order(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "SHARD_BYTES", 100 * LENGTH * 2)
+    monkeypatch.setattr(publish, "GROUP_TOKENS", 30 * LENGTH)
+    export_corpus(corpus, tmp_path / "many")
+    files = sorted((tmp_path / "many" / "data").glob("train-*"))
+    assert len(files) == math.ceil(len(corpus.train_dataset) / 100) > 3
+    assert pq.ParquetFile(files[0]).num_row_groups == 4
+    assert_same(load(tmp_path / "many", tmp_path / "cache"), corpus)
+
+
+def test_exporting_again_gives_the_same_bytes(corpus, folder, options, tmp_path):
+    export_corpus(corpus, tmp_path / "again", **options)
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(names) == 7
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+    with pytest.raises(DataError, match="is there already: name a new folder"):
+        export_corpus(corpus, tmp_path / "again")
+
+
+def test_a_failed_export_leaves_nothing(corpus, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publish, "draw_histogram", full)
+    with pytest.raises(DataError, match="cannot be written .No space left on device.: name another folder"):
+        export_corpus(corpus, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_tells_where_the_rows_come_from(corpus, folder, arguments):
+    text = (folder / "README.md").read_text()
+    card = DatasetCard(text)
+    assert card.data.language == "en"
+    assert card.data.license == "cc0-1.0"
+    assert card.data.size_categories == ["n<1K" if len(corpus.train_dataset) < 980 else "1K<n<10K"]
+    assert [split["split"] for split in card.data.configs[0]["data_files"]] == ["train", "validation"]
+    assert {split["name"]: split["num_examples"] for split in card.data.dataset_info["splits"]} == {
+        "train": len(corpus.train_dataset), "validation": len(corpus.eval_dataset)
+    }  # fmt: skip
+    assert f"{len(corpus.train_dataset):,} | {corpus.train_dataset.num_tokens:,}" in text
+    assert "too few characters | 7" in text
+    assert "row_scores.png" in text
+    assert f"--dataset_name PATH_OR_REPOSITORY --max_seq_length {LENGTH}" in text
+    settings = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert settings == {"train_files": ["text.txt"], "vocab_size": 150, "max_seq_length": LENGTH, "eval_rows": 20,
+                        "drop_below_characters": 12, "row_order": "sentence_length"}  # fmt: skip
+    assert not re.search(r"\{[{%]|None|\n\n\n", text.partition("---\n\n")[2])
+    assert (folder / "row_scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_hashes_are_those_of_the_rows(corpus, folder):
+    splits = json.loads((folder / "corpus.json").read_text())["splits"]
+    for split, rows in (("train", corpus.train_dataset.rows), ("validation", corpus.eval_dataset.rows)):
+        column = pq.read_table(sorted((folder / "data").glob(f"{split}-*")))["input_ids"].to_pylist()
+        digest = hashlib.sha256(np.array(column, dtype="<u2").tobytes()).hexdigest()
+        assert splits[split] == {"rows": len(rows), "sha256": digest}
+
+
+def test_no_folder_of_this_machine_is_told(folder, arguments):
+    private = Path(arguments.train_files[0]).parent
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert private.name.encode() not in path.read_bytes(), path
+            assert b"/tmp/" not in path.read_bytes()
+    told = {"/a/b/text.txt": {"from": "file ~/secret/x.jsonl: bad", "n": 3}, "owner/name": ["a/b", "http://x.y/z/w"]}
+    assert without_folders(told) == {
+        "text.txt": {"from": "file x.jsonl: bad", "n": 3}, "owner/name": ["a/b", "http://x.y/z/w"]
+    }  # fmt: skip
+
+
+def test_what_is_pushed_is_what_is_exported_and_no_more(pushed, server, folder, corpus):
+    assert pushed == f"{server.url}/datasets/me/rows"
+    repository = server.repositories["datasets/me/rows"]
+    assert repository.private
+    assert len(repository.commits) == 2
+    exported = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert set(repository.files) == set(exported)
+    for name, path in exported.items():
+        content = (
+            repository.files[name]
+            .replace(b"me/rows", b"PATH_OR_REPOSITORY")
+            .replace(b"# rows", b"# PATH_OR_REPOSITORY")
+        )
+        assert content == path.read_bytes(), name
+    for content in [*server.received, *repository.files.values()]:
+        assert TOKEN.encode() not in content
+    assert not list(corpus.directory.parent.glob("*.export"))
+
+
+def test_it_loads_from_the_hub_in_another_process(pushed, call, corpus, tmp_path):
+    call("rows", "me/rows", tmp_path / "library")
+    assert (tmp_path / "library.train").read_bytes() == (corpus.directory / "train.bin").read_bytes()
+    assert (tmp_path / "library.validation").read_bytes() == (corpus.directory / "eval.bin").read_bytes()
+    assert call("load", "me/rows", tmp_path / "loaded") == LENGTH
+    assert_same(open_corpus(tmp_path / "loaded", LENGTH, False), corpus)
+    assert call("load", "me/rows", tmp_path / "offline", offline=True) == LENGTH
+    assert_same(open_corpus(tmp_path / "offline", LENGTH, False), corpus)
+
+
+def test_pushing_again_changes_nothing_and_another_corpus_replaces_all(
+    pushed, call, server, corpus, options, tmp_path
+):
+    repository = server.repositories["datasets/me/rows"]
+    first, head = dict(repository.files), repository.head
+    assert call("push", corpus.directory, LENGTH, "rows", **options) == pushed  # the account's own name is left out
+    assert call("push", corpus.directory, LENGTH, "me/rows", **options) == pushed
+    assert repository.files == first
+    assert repository.head == head
+    repository.commit(
+        {**first, "data/train-00001-of-00002.parquet": b"of an earlier corpus", "mine.txt": b"x"}, "by hand"
+    )
+    assert call("push", corpus.directory, LENGTH, "me/rows", **options) == pushed
+    assert repository.files == {**first, "mine.txt": b"x"}
+    assert call("load", "me/rows", tmp_path / "old", revision=head) == LENGTH
+
+
+def test_the_arguments_of_a_program_push_the_same(pushed, call, server, corpus, arguments):
+    given = {
+        "push_corpus_to_hub": "asked",
+        "private_corpus": True,
+        "corpus_language": "en",
+        "corpus_license": "cc0-1.0",
+    }
+    data_given = {name: getattr(arguments, name) for name in row_settings(arguments)}
+    assert call("push_as_asked", corpus.directory, LENGTH, given, data_given) == f"{server.url}/datasets/me/asked"
+    repository = server.repositories["datasets/me/asked"]
+    assert repository.private
+    assert repository.files["corpus.json"] == server.repositories["datasets/me/rows"].files["corpus.json"]
+    assert call("push_as_asked", corpus.directory, LENGTH, {}, data_given) is None
+
+
+FAULTS = {
+    "token": (Fault("/api/repos/create", 401), "the token is not valid (401): set HF_TOKEN"),
+    "forbidden": (Fault("/commit/", 403), "the token may not write to me/faulty (403): take one that may, or another"),
+    "missing": (Fault("/preupload/", 404), "there is no me/faulty at main that the token can see (404)"),
+    "busy": (Fault("/commit/", 429), "the Hub asks for fewer requests (429)"),
+    "broken": (Fault("/preupload/", 500), "the Hub answers 500"),
+    "cut": (Fault("/storage/", CUT), "the Hub cannot be reached ("),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("missing", "broken") else []) for name in FAULTS]
+)
+def test_a_push_that_fails_is_one_line(call, server, corpus, heal, name):
+    fault, message = FAULTS[name]
+    server.large.clear()
+    server.repositories.pop("datasets/me/faulty", None)
+    server.faults.append(fault)
+    error = call("push", corpus.directory, LENGTH, "me/faulty")
+    assert error.startswith("the corpus is not pushed to me/faulty: ")
+    assert message in error
+    assert "\n" not in error
+    assert not list(corpus.directory.parent.glob("*.export"))
+
+
+def test_a_passing_fault_is_waited_out(call, server, corpus, heal):
+    fault = Fault("/commit/", 429, times=1, headers={"Retry-After": "0"})
+    server.faults.append(fault)
+    assert call("push", corpus.directory, LENGTH, "me/patient") == f"{server.url}/datasets/me/patient"
+    assert fault.times == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [("/data/", 403, "the token may not read me/rows (403): ask for access"), ("/data/", 500, "the Hub answers 500")],
+)
+def test_a_download_that_fails_is_one_line(pushed, call, server, heal, tmp_path, path, status, message):
+    repository = server.repositories["datasets/me/rows"]
+    repository.commit({**repository.files, "mine.txt": str(tmp_path).encode()}, "a commit that no cache has")
+    for name, content in repository.files.items():
+        repository.files[name] = content + (b" " if name.endswith(".parquet") else b"")
+    server.faults.append(Fault(path, status))
+    error = call("load", "me/rows", tmp_path / "target")
+    assert error.startswith("data set 'me/rows' cannot be downloaded: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_without_a_hub_it_says_so(call, corpus):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        error = call("push", corpus.directory, LENGTH, "me/nowhere", endpoint=endpoint)
+    assert "the Hub cannot be reached ([Errno 111] Connection refused)" in error
+
+
+def test_text_is_no_corpus(call, server, tmp_path):
+    (tmp_path / "text").mkdir()
+    Dataset.from_dict({"text": ["a boat"], "input_ids": [[1, 2]]}).to_parquet(tmp_path / "text" / "train.parquet")
+    assert find_published_corpus(str(tmp_path / "text")) is None
+    assert find_published_corpus(str(tmp_path / "nothing there")) is None
+    assert call("load", "me/absent", tmp_path / "target") == "no corpus"
+
+
+def write_foreign(folder, rows, corpus, splits=("train", "validation")):
+    folder.mkdir()
+    for split in splits:
+        Dataset.from_dict({"input_ids": rows}).to_parquet(folder / f"{split}.parquet")
+    corpus.tokenizer.save_pretrained(folder)
+
+
+def test_rows_of_other_tools_are_used_with_the_tokenizer_beside_them(corpus, tmp_path):
+    rows = corpus.train_dataset.rows[:50].tolist()
+    write_foreign(tmp_path / "foreign", rows, corpus)
+    loaded = load(tmp_path / "foreign", tmp_path / "cache")
+    assert loaded.train_dataset.rows.tolist() == rows
+    assert loaded.train_dataset.rows.dtype == np.uint16
+    assert loaded.statistics["train_rows"] == 50
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[5] * LENGTH, [5] * 9], "not all have 16 tokens, as the first row"),
+        ([[5] * LENGTH, [500] * LENGTH], "ids from 5 to 500, beyond the .* tokens of its tokenizer"),
+        ([[5] * LENGTH, [-1] * LENGTH], "ids from -1 to 5"),
+        ([[5] * LENGTH, [5.5] * LENGTH], "must hold token ids, got double"),
+        ([[5] * LENGTH, [None] * LENGTH], "must hold token ids, got int32 with 16 empty"),
+        ([[5] * LENGTH, None], "not all have 16 tokens"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_one_line(corpus, tmp_path, rows, message):
+    write_foreign(tmp_path / "foreign", rows, corpus)
+    with pytest.raises(DataError, match=rf"^data set '.*foreign': split train, rows 0 to 1: .*{message}"):
+        load(tmp_path / "foreign", tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def replace_rows(copy, change):
+    (path,) = (copy / "data").glob("train-*")
+    table = pq.read_table(path)
+    ids = np.array(table["input_ids"].to_pylist(), dtype=np.uint16)
+    ids = change(ids)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), ids.shape[1])
+    pq.write_table(pa.table({"input_ids": column}, schema=table.schema), path)
+
+
+def swap_two(ids):
+    ids[[3, 4]] = ids[[4, 3]]
+    return ids
+
+
+DAMAGES = {
+    "no tokenizer": (lambda copy: shutil.rmtree(copy / "tokenizer"), "have no tokenizer beside them"),
+    "another tokenizer": (
+        lambda copy: (copy / "tokenizer" / "tokenizer.json").write_text(
+            (copy / "tokenizer" / "tokenizer.json").read_text().replace('"boat"', '"boot"')
+        ),
+        "its tokenizer is not the one that was published with it",
+    ),
+    "changed rows": (lambda copy: replace_rows(copy, swap_two), "rows of split train are not the"),
+    "fewer rows": (lambda copy: replace_rows(copy, lambda ids: ids[:-1]), "rows of split train are not the"),
+    "cut file": (
+        lambda copy: next((copy / "data").glob("train-*")).write_bytes(b"PAR1 and no more"),
+        "its split train cannot be read",
+    ),
+    "no validation": (
+        lambda copy: next((copy / "data").glob("validation-*")).unlink(),
+        "cannot be read",
+    ),
+    "cut description": (lambda copy: (copy / "corpus.json").write_text('{"hf_cram'), "corpus.json cannot be read"),
+    "newer": (lambda copy: (copy / "corpus.json").write_text('{"hf_cram_corpus": 9}'), "another hf_cram .format 9."),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_corpus_is_one_line(copy, tmp_path, name):
+    damage, message = DAMAGES[name]
+    damage(copy)
+    with pytest.raises(DataError, match=f"^data set '.*copy': .*{message}") as caught:
+        load(copy, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_ask_for_other_rows_are_one_line(folder, arguments, corpus, tmp_path):
+    published = find_published_corpus(str(folder))
+    same = {**row_settings(arguments), "train_files": None, "dataset_name": str(folder)}
+    published.check_arguments(DataArguments(**same, cache_dir="elsewhere", preprocessing_workers=1))
+    published.check_arguments(DataArguments(dataset_name=str(folder)))
+    corpus.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    published.check_arguments(DataArguments(dataset_name=str(folder), tokenizer_name=str(tmp_path / "tokenizer")))
+    for name, value, message in (
+        ("max_seq_length", 32, "max_seq_length 32 .there 16."),
+        ("vocab_size", 4000, "vocab_size 4000 .there "),
+        ("row_order", "random", "row_order 'random' .there sentence_length."),
+        ("drop_below_characters", 50, "drop_below_characters 50 .there 12."),
+        ("max_documents", 5, "max_documents 5 .there not set."),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            published.check_arguments(DataArguments(**{**same, name: value}))
+        assert "\n" not in str(caught.value)
+    other = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    other["normalizer"] = None
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(DataError, match="tokenizer_name"):
+        published.check_arguments(DataArguments(dataset_name=str(folder), tokenizer_name=str(tmp_path / "tokenizer")))
+
+
+def test_a_name_that_cannot_be_is_known_before_the_work():
+    PublishArguments(push_corpus_to_hub="me/rows")
+    with pytest.raises(DataError, match="push_corpus_to_hub: .*'a b'"):
+        PublishArguments(push_corpus_to_hub="a b")
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "name"),
+    [(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**9, "1B<n<10B"), (10**12, "n>1T"), (10**12 - 1, "100B<n<1T")],
+)
+def test_size_categories(num_rows, name):
+    assert size_category(num_rows) == name
