@@ -1,7 +1,7 @@
 # Every bar of the project has a command here.
 
-.PHONY: install lint test test-slow test-kill benchmark-data benchmark-throughput benchmark-startup benchmark-glue \
-	benchmark-minimal-pairs quickstart glue
+.PHONY: install lint test test-slow test-kill benchmark-data benchmark-throughput benchmark-memory benchmark-startup \
+	benchmark-glue benchmark-minimal-pairs quickstart glue
 
 install:
 	pip install -e '.[dev]'
@@ -24,6 +24,9 @@ test-kill:
 
 benchmark-data:
 	python benchmarks/data_pipeline.py
+
+benchmark-memory:
+	python benchmarks/memory.py
 
 benchmark-throughput:
 	python benchmarks/throughput.py
