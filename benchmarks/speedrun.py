@@ -104,7 +104,8 @@ def run_here(job: dict) -> dict:
     set_seed(job["seed"])
     tokenizer = load_tokenizer(corpus / "tokenizer")
     dtype = token_dtype(len(tokenizer))
-    train, held_out = (PackedRows(corpus / f"{name}.bin", dtype, job["length"]) for name in ("train", "eval"))
+    held_out_file = Path(job.get("eval_file") or corpus / "eval.bin")
+    train, held_out = (PackedRows(path, dtype, job["length"]) for path in (corpus / "train.bin", held_out_file))
     model = build_model(arm, tokenizer)
     takes_positions = "masked_positions" in inspect.signature(model.forward).parameters
     collator = DataCollatorForFixedCountMasking(
