@@ -185,10 +185,10 @@ _tokenize_in_worker: DocumentTokenizer | None = None
 def _start_worker(settings: TokenizingSettings, parent: int) -> None:
     global _tokenize_in_worker
     _tokenize_in_worker = DocumentTokenizer(settings)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """End this process when its parent is gone: a killed one can't tell, and the pool's processes wait for ever."""
     while os.getppid() == parent:
         time.sleep(SECONDS_BETWEEN_LOOKS)

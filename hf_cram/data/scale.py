@@ -1,0 +1,98 @@
+"""
+The recipe of one machine on many: tasks that datatrove's executors run, on this machine, a Ray cluster or Slurm.
+
+    python -m hf_cram.data.scale RECIPE --executor ray --tasks 512 --workers 128 --cache_dir SHARED_FOLDER
+
+The rows are those of `hf_cram.data.pipeline`, to the byte, and training finds them in `cache_dir`.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .cache import is_complete
+from .errors import DataError
+from .pipeline import DataArguments, PreparedCorpus, open_corpus
+from .publish import PublishArguments, publish_if_asked
+from .scale_arguments import ScaleArguments
+from .scale_estimate import format_estimates
+from .scale_plan import ScalePlan, make_plan
+from .scale_shards import remove_unfinished
+
+PROGRAM = "python -m hf_cram.data.scale"
+
+
+def rows_folder(plan: ScalePlan) -> Path:
+    """Where the rows are when all is done."""
+    return plan.cache / "corpora" / plan.rows_stage().key
+
+
+def run_plan(plan: ScalePlan, scale: ScaleArguments) -> PreparedCorpus | None:
+    """
+    Run what is not yet done of a plan: run again after a failure, it goes on with the tasks that have not finished.
+
+    Returns the rows, `None` where Slurm has yet to run. Raises [`DataError`].
+    """
+    rows = rows_folder(plan)
+    if not is_complete(rows):
+        _run_stages(plan, scale)
+        if scale.executor == "slurm":
+            return None
+        if not is_complete(rows):
+            raise DataError(f"the rows have not come about, see {plan.folder / 'logs'}")
+        remove_unfinished(plan.folder / "tokens")
+    return open_corpus(rows, plan.arguments.max_seq_length, from_cache=False)
+
+
+def _run_stages(plan: ScalePlan, scale: ScaleArguments) -> None:
+    try:
+        if scale.executor == "ray":
+            import ray  # noqa: F401
+        from .scale_executors import RUN
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        raise DataError(f"{missing} is missing: pip install 'hf_cram[scale]'") from error
+    RUN[scale.executor](plan, scale)
+
+
+def main(parsed: Sequence[Any]) -> int:
+    """Run the program on its parsed arguments; returns its exit status. A mistake is one line on standard error."""
+    data, scale, publish = parsed[:3]
+    try:
+        if scale.estimate is not None:
+            print(format_estimates(scale, data.max_seq_length))
+            return 0
+        plan = make_plan(data, scale.tasks)
+        corpus = run_plan(plan, scale)
+        if corpus is None:
+            print(f"submitted; the rows will be in {rows_folder(plan)}")
+            return 0
+        print(f"{corpus.table}\n{len(corpus.train_dataset):,} rows to train on, {len(corpus.eval_dataset):,} held out")
+        print(f"in {corpus.directory}")
+        address = publish_if_asked(corpus, publish, data)
+        if address is not None:
+            print(f"published at {address}")
+    except (OSError, ValueError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    # The program reads recipes, which belong to a higher layer.
+    from ..prepare import (
+        CardArguments,
+        MaskingArguments,
+        ModelArguments,
+        RecipeParser,
+        TextBudgetArguments,
+        TrainingFields,
+    )
+
+    parser = RecipeParser(
+        (DataArguments, ScaleArguments, PublishArguments, ModelArguments, MaskingArguments, TextBudgetArguments,
+         CardArguments, TrainingFields),
+        prog=PROGRAM,
+    )  # fmt: skip
+    sys.exit(main(parser.parse(sys.argv[1:])))

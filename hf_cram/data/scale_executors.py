@@ -1,0 +1,191 @@
+"""datatrove's executors for the stages of a plan: on this machine, on a Ray cluster, by Slurm."""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup import (
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupFilter,
+    MinhashDedupSignature,
+)
+from datatrove.utils.hashing import HashConfig
+
+from .errors import DataError
+from .scale_arguments import ScaleArguments
+from .scale_plan import ScalePlan, choose_minhash_bands
+from .scale_steps import FilterAndTokenize, PrepareText, ReadDocuments, SpacedWords, WriteRows
+from .tokenizing import end_with, available_workers
+
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that may run side by side, once those of the stage before are done; `memory_gb` of each."""
+
+    name: str
+    steps: list[PipelineStep]
+    tasks: int
+    memory_gb: int
+    always: bool = False  # cheap, and what it makes may have been deleted
+
+
+def make_stages(plan: ScalePlan, arguments: ScaleArguments) -> list[Stage]:
+    """From text to rows. Near-duplicates go by datatrove's MinHash, before the filters see them."""
+    small, large = arguments.memory_gb, arguments.rows_memory_gb
+    reader = ReadDocuments(plan)
+    tokenize: list[PipelineStep] = [reader, FilterAndTokenize(plan, reader)]
+    stages = [Stage("text", [PrepareText(plan)], 1, large, always=True)]
+    similarity = plan.arguments.near_dedup_similarity
+    if similarity is not None:
+        bands, band_rows = choose_minhash_bands(similarity)
+        # xxhash, the default, takes no str in its version 4.
+        config = MinhashConfig(num_buckets=bands, hashes_per_bucket=band_rows, hash_config=HashConfig(64, "sha1"))
+        signatures, pairs, clusters = (str(plan.folder / "minhash" / name) for name in ("sigs", "pairs", "clusters"))
+        sign = MinhashDedupSignature(signatures, config, language=SpacedWords())
+        stages += [
+            Stage("minhash-signatures", [ReadDocuments(plan), sign], plan.tasks, small),
+            Stage("minhash-buckets", [MinhashDedupBuckets(signatures, pairs, config=config)], bands, small),
+            Stage("minhash-clusters", [MinhashDedupCluster(pairs, clusters, config)], 1, large),
+        ]
+        tokenize.insert(1, MinhashDedupFilter(clusters))
+    stages.append(Stage("tokens", tokenize, plan.tasks, small))
+    rows = f"rows-{plan.rows_stage().key}"
+    return [*stages, Stage(rows, [WriteRows(plan)], 1, large, always=True)]
+
+
+class LocalExecutor(LocalPipelineExecutor):
+    """datatrove's, on a pool that notices when one of its processes is killed; its own waits for it for ever."""
+
+    def run(self) -> None:
+        self.save_executor_as_json()
+        for _ in range(ATTEMPTS):
+            ranks = self.get_incomplete_ranks()
+            if not ranks or self._run_ranks(ranks):
+                return
+        raise DataError(
+            f"tasks were killed {ATTEMPTS} times, most often for want of memory: lower workers; what is finished is kept"
+        )
+
+    def _run_ranks(self, ranks: list[int]) -> bool:
+        """Whether all came to their end, and no process was killed."""
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(ranks)),
+            mp_context=multiprocessing.get_context("fork"),
+            initializer=_start_worker,
+            initargs=(os.getpid(),),
+        )
+        try:
+            # Of each run the first task shows its log.
+            for future in as_completed([pool.submit(self._run_for_rank, rank, rank) for rank in ranks]):
+                future.result()
+        except BrokenProcessPool:
+            return False
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return True
+
+
+def _start_worker(parent: int) -> None:
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def run_locally(plan: ScalePlan, arguments: ScaleArguments) -> None:
+    """Run all stages in processes of this machine."""
+    for stage in make_stages(plan, arguments):
+        workers = min(stage.tasks, available_workers(arguments.workers))
+        executor = LocalExecutor(
+            stage.steps, stage.tasks, workers, _logs(plan, stage), skip_completed=not stage.always
+        )
+        _run_whole(executor, _logs(plan, stage))
+
+
+def run_on_ray(plan: ScalePlan, arguments: ScaleArguments) -> None:
+    """Run all stages on the Ray cluster of this process, or the one that `ray_address` or `ray start` tells of."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+        ray.init(address=arguments.ray_address, log_to_driver=False)
+    try:
+        for stage in make_stages(plan, arguments):
+            executor = RayPipelineExecutor(
+                stage.steps,
+                stage.tasks,
+                _workers(stage, arguments),
+                logging_dir=_logs(plan, stage),
+                skip_completed=not stage.always,
+                mem_per_cpu_gb=stage.memory_gb,
+                time=arguments.ray_task_seconds,
+            )
+            _run_whole(executor, _logs(plan, stage))
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _run_whole(executor: PipelineExecutor, logs: str) -> None:
+    executor.run()
+    failed = executor.get_incomplete_ranks(skip_completed=True)
+    if failed:
+        names = ", ".join(f"task_{rank:05d}.log" for rank in failed[:3])
+        raise DataError(f"{len(failed)} tasks have failed, see {names} in {logs}/logs; what is finished is kept")
+
+
+def submit_to_slurm(plan: ScalePlan, arguments: ScaleArguments) -> list[str]:
+    """Submit a job array for each stage, each waiting for the one before; returns their ids, `-1` for a finished one."""
+    executors: list[SlurmPipelineExecutor] = []
+    for stage in make_stages(plan, arguments):
+        executors.append(
+            SlurmPipelineExecutor(
+                stage.steps,
+                stage.tasks,
+                time=arguments.slurm_time,
+                partition=str(arguments.slurm_partition),
+                mem_per_cpu_gb=stage.memory_gb,
+                workers=_workers(stage, arguments),
+                job_name=f"hf_cram-{stage.name}",
+                qos=arguments.slurm_qos or "",
+                env_command=arguments.slurm_setup or _this_environment(),
+                depends=executors[-1] if executors else None,
+                logging_dir=_logs(plan, stage),
+                skip_completed=not stage.always,
+            )
+        )
+    try:
+        executors[-1].run()
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename} is not here: submit from a machine that has Slurm's commands") from error
+    return [str(executor.job_id) for executor in executors]
+
+
+def _this_environment() -> str:
+    return f'export PATH="{Path(sys.executable).parent}:$PATH"'
+
+
+def _workers(stage: Stage, arguments: ScaleArguments) -> int:
+    return min(stage.tasks, arguments.workers or stage.tasks)
+
+
+def _logs(plan: ScalePlan, stage: Stage) -> str:
+    return str(plan.folder / "logs" / stage.name)
+
+
+RUN: dict[str, Callable[[ScalePlan, ScaleArguments], object]] = {
+    "local": run_locally,
+    "ray": run_on_ray,
+    "slurm": submit_to_slurm,
+}

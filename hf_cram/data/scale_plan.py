@@ -1,0 +1,224 @@
+"""A recipe cut into tasks that know nothing of each other, and what they wrote joined as one machine would have it."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError, SkipReport
+from .pipeline import DataArguments, open_cache
+from .scale_shards import JoinedShards, sum_of_steps, task_seconds
+from .source_arguments import MixedSource
+from .sources import TextSource
+from .stages import RowsStage, TokenizerStage, TokensStage
+from .steps import StepRecord, read_steps
+from .text_files import expand_files, read_files
+from .texts import NO_LIMIT, Place, Text, hash_of
+from .token_shards import TokenShards
+from .tokenizing import TokenizingSettings
+
+POSITION_NAME = "position.json"
+NUM_MINIMA = 128
+BAND_RECALL = 0.9
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """
+    All that a task needs: the same in every process on every machine.
+
+    Args:
+        arguments: the recipe; its `cache_dir` is seen by all machines and gets everything that is written.
+        identity: of the text, see [`TextSource`].
+        files: the tasks read them, each a run of neighbours; `None` where one process deals the text into blocks first.
+    """
+
+    arguments: DataArguments
+    identity: str
+    files: tuple[Path, ...] | None
+    tasks: int
+
+    @property
+    def cache(self) -> Path:
+        return Path(str(self.arguments.cache_dir))
+
+    @property
+    def folder(self) -> Path:
+        """Of the work of the tasks: another one for every setting that changes it."""
+        return self.cache / "scale" / hash_of(self.tokens_stage().key, self.tasks)
+
+    @property
+    def blocks(self) -> Path:
+        return self.folder / "blocks"
+
+    def task_tokens(self, rank: int) -> Path:
+        """Folder of the token shards of a task."""
+        return self.folder / "tokens" / f"{rank:05d}"
+
+    def tokens_stage(self, text: Text | None = None) -> "JoinedTokensStage":
+        """The tokens of all tasks; `text` is read where the tokenizer has yet to be trained."""
+        return JoinedTokensStage(self, text or PlannedText(self))
+
+    def rows_stage(self) -> RowsStage:
+        return RowsStage(self.tokens_stage(), self.arguments, self.arguments)
+
+    def documents(self, ranks: Iterable[int], report: SkipReport) -> Iterator[str]:
+        """The documents of some tasks. Raises [`DataError`] for a file as [`read_files`] does."""
+        files = list(self.files or sorted(self.blocks.glob("*.jsonl.zst")))
+        parts = cut_by_size([file.stat().st_size for file in files], self.tasks)
+        (source, *_) = self.arguments.named_sources().values() if self.files else [MixedSource()]
+        longest = source.max_document_characters if self.files else NO_LIMIT  # blocks hold what was checked
+        for rank in ranks:
+            part = files[parts[rank]]
+            yield from read_files(part, report, source.text_column, source.text_file_documents, longest)
+
+
+def make_plan(arguments: DataArguments, tasks: int) -> ScalePlan:
+    """
+    How the tasks share the text of a recipe.
+
+    One source of at least as many local files as tasks is read by the tasks; any other text (a mix, a Hub data set,
+    a few large files, the first documents only) is dealt into blocks by one process, since its order is known to a
+    reader of all of it only. Raises [`DataError`] for what needs the whole text in one place.
+    """
+    if arguments.dedup_substring_bytes is not None:
+        raise DataError(
+            "dedup_substring_bytes compares the whole text in one place: leave it out here (near_dedup_similarity runs "
+            "side by side), or prepare on one machine"
+        )
+    if arguments.cache_dir is None:
+        raise DataError("set cache_dir: a folder that every machine sees")
+    if arguments.max_train_tokens is not None:
+        raise DataError(
+            "max_train_tokens stops reading where so many tokens are there, which tasks side by side cannot tell: "
+            "limit the text by max_documents, or by max_characters of its sources"
+        )
+    if arguments.overwrite_cache:
+        raise DataError("overwrite_cache would be heard by every task: delete cache_dir, or name another one")
+    arguments = _with_absolute_places(arguments)
+    identity = TextSource(arguments, open_cache(arguments)).identity
+    sources = list(arguments.named_sources().values())
+    files = expand_files(sources[0].train_files) if sources[0].train_files else []
+    limits = (sources[0].max_documents, sources[0].max_characters, sources[0].max_tokens, arguments.max_documents)
+    is_read_whole = len(sources) == 1 and sources[0].max_passes == 1 and not any(limits)
+    shared = tuple(files) if is_read_whole and len(files) >= tasks else None
+    return ScalePlan(arguments, identity, shared, tasks)
+
+
+def _with_absolute_places(arguments: DataArguments) -> DataArguments:
+    """The same recipe for processes that start in other folders."""
+
+    def absolute(places: list[str] | None) -> list[str] | None:
+        return None if places is None else [str(Path(place).expanduser().absolute()) for place in places]
+
+    sources = arguments.sources
+    if isinstance(sources, dict):
+        sources = {
+            name: {**source, "train_files": absolute(source.get("train_files"))} for name, source in sources.items()
+        }
+    tokenizer = arguments.tokenizer_name
+    if tokenizer is not None and Path(tokenizer).exists():
+        tokenizer = str(Path(tokenizer).absolute())
+    cache = str(Path(str(arguments.cache_dir)).expanduser().absolute())
+    return replace(
+        arguments,
+        cache_dir=cache,
+        train_files=absolute(arguments.train_files),
+        sources=sources,
+        tokenizer_name=tokenizer,
+    )
+
+
+def cut_by_size(sizes: list[int], parts: int) -> list[slice]:
+    """Runs of neighbours, `parts` of them and of about equal size; some may be empty."""
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(sizes) else 0
+    # Each to the part in which its middle lies.
+    part_of = [
+        min(parts - 1, (2 * int(end) - size) * parts // (2 * total or 1))
+        for end, size in zip(ends, sizes, strict=True)
+    ]
+    bounds = np.searchsorted(part_of, np.arange(parts + 1))
+    return [slice(int(first), int(end)) for first, end in itertools.pairwise(bounds)]
+
+
+class PlannedText:
+    """The text as the tasks see it; what was done to its documents is known when their tokens are joined."""
+
+    def __init__(self, plan: ScalePlan):
+        self.plan = plan
+        self.identity = plan.identity
+        self.report = SkipReport()
+        self.counts: dict[str, dict[str, int]] = {}
+        self.estimated_characters: int | None = None
+        self.steps: list[StepRecord] = []
+        self.removed: dict[str, Any] = {}
+
+    def documents(self, count_tokens: Callable[[str], int] | None = None) -> Iterator[str]:
+        return self.plan.documents(range(self.plan.tasks), self.report)
+
+
+class JoinedTokensStage(TokensStage):
+    """[`TokensStage`] whose shards the tasks have written: the same tokens, cut elsewhere."""
+
+    def __init__(self, plan: ScalePlan, text: Text):
+        arguments = plan.arguments
+        super().__init__(TokenizerStage(text, arguments, Place(plan.cache, False, 1)), arguments, arguments)
+        self.plan = plan
+
+    @cached_property
+    def key(self) -> str:
+        """That of the tokens of one machine where they are the same; which near-duplicate stays is up to datatrove."""
+        similarity = self.plan.arguments.near_dedup_similarity
+        if similarity is None:
+            return super().key
+        return hash_of(super().key, "datatrove minhash", choose_minhash_bands(similarity), self.plan.tasks)
+
+    @property
+    def settings(self) -> TokenizingSettings:
+        """What turns documents into tokens."""
+        return self._settings
+
+    @property
+    def token_counter(self) -> Callable[[str], int] | None:
+        """Counts the tokens of a text where a source is limited by them."""
+        return self._count_tokens if self.counts_source_tokens else None
+
+    def open(self) -> tuple[TokenShards, list[StepRecord]]:
+        folders = [self.plan.task_tokens(rank) for rank in range(self.plan.tasks)]
+        shards = JoinedShards(folders, self.settings.dtype)
+        record = sum_of_steps([record for folder in folders for record in read_steps(folder)])
+        position = shards.summaries[-1].position
+        if self.plan.arguments.near_dedup_similarity is not None:
+            read = position["read"]
+            self.text.steps.append(
+                StepRecord(
+                    "near duplicates", read["documents"], record.documents_in, read["characters"],
+                    record.characters_in, seconds=task_seconds(self.plan.folder / "logs", "minhash-*"),
+                )
+            )  # fmt: skip
+            self.text.removed["near_duplicates"] = read["documents"] - (record.documents_in or 0)
+        if self.plan.files is None:
+            position.update(json.loads((self.plan.blocks / POSITION_NAME).read_text(encoding="utf-8")))
+        else:
+            position["sources"] = dict.fromkeys(self.plan.arguments.named_sources(), position["read"])
+        return shards, [record]
+
+
+def choose_minhash_bands(similarity: float) -> tuple[int, int]:
+    """
+    How many bands of how many minima: the longest ones in one of which 90 % of pairs so similar agree.
+
+    datatrove takes every pair that agrees in one for duplicates and compares no further, so that some less similar
+    ones go as well; at 0.8 these are 16 bands of 8, where FineWeb used 14 of 8.
+    """
+    for rows in range(NUM_MINIMA, 1, -1):
+        bands = NUM_MINIMA // rows
+        if 1 - (1 - similarity**rows) ** bands >= BAND_RECALL:
+            return bands, rows
+    return NUM_MINIMA, 1
