@@ -26,7 +26,7 @@ from .errors import DataError
 from .scale_arguments import ScaleArguments
 from .scale_plan import ScalePlan, choose_minhash_bands
 from .scale_steps import FilterAndTokenize, PrepareText, ReadDocuments, SpacedWords, WriteRows
-from .tokenizing import end_with, available_workers
+from .tokenizing import available_workers, end_with
 
 ATTEMPTS = 3
 
