@@ -28,7 +28,7 @@ from hf_cram.callbacks import LossCurveCallback, fill_sentences
 from hf_cram.checkpointing import CheckpointError
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.errors import DataError
-from hf_cram.data.pipeline import DataArguments, prepare_corpus
+from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
 from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.files import write_atomically
 from hf_cram.launching import start_missing_processes, use_all_cores
@@ -80,15 +80,14 @@ def main() -> int:
         "%s rows of %d tokens%s", f"{len(corpus.train_dataset):,}", max_seq_length,
         " (from the cache)" if corpus.from_cache else "",
     )  # fmt: skip
-    if is_main and (address := publish_if_asked(corpus, publish_args, data_args)) is not None:
-        logger.info("The rows are published at %s", address)
+    if is_main:
+        publish(corpus, publish_args, data_args)
     if not corpus.from_cache:
         logger.info("What preparing took:\n%s", corpus.table)
-    if data_args.row_order != "none" and "train_sampling_strategy" not in parser.given:
+    row_order = corpus.statistics.get("row_scores", {}).get("row_order", "none")  # of a published corpus, its own
+    if row_order != "none" and "train_sampling_strategy" not in parser.given:
         training_args.train_sampling_strategy = "sequential"
-        logger.info(
-            "Training reads the rows in their order (%s): train_sampling_strategy is sequential", data_args.row_order
-        )
+        logger.info("Training reads the rows in their order (%s): train_sampling_strategy is sequential", row_order)
 
     config = build_config(model_args, corpus.tokenizer)
     if max_seq_length > config.max_position_embeddings:
@@ -154,6 +153,19 @@ def main() -> int:
         if training_args.push_to_hub:
             trainer.push_to_hub()
     return 0
+
+
+def publish(corpus: PreparedCorpus, publish_args: PublishArguments, data_args: DataArguments) -> None:
+    """Publish the rows where that is asked for; training does not wait for a Hub that cannot be had."""
+    try:
+        address = publish_if_asked(corpus, publish_args, data_args)
+    except DataError as error:
+        logger.warning(
+            "The rows are not published: %s. Later: python -m hf_cram.data.pipeline with this recipe", error
+        )
+        return
+    if address is not None:
+        logger.info("The rows are published at %s", address)
 
 
 def shareable(given: dict[str, Any]) -> dict[str, Any]:

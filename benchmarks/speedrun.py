@@ -30,7 +30,8 @@ TRAINING_ARGS = Path(__file__).parents[1] / "training_args"
 NUMBER = re.compile(r"[\d.]+e-?\d+")
 EVAL_MLM_PROBABILITY, EVAL_MASK_SEED = 0.15, 2212
 # Shares of the budget at which the held-out loss is measured: close together where the curve is steep.
-POINTS = [0.01 * 1.3**power for power in range(18)] + [1.0]
+POINTS = [0.01 * 1.3**power for power in range(18)]
+END = 1.0
 
 
 # ---- One run, in a process of its own ----
@@ -76,6 +77,10 @@ def build_model(arm: dict, tokenizer):
     special |= {"bos_token_id": tokenizer.cls_token_id}
     special |= {"sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}
     model_type = fields.pop("model_type", "crammed_bert")
+    known = AutoConfig.for_model(model_type)
+    unknown = sorted(name for name in fields if not hasattr(known, name))
+    if unknown:  # a configuration keeps any name, and the run would be another one's copy
+        raise SystemExit(f"benchmarks/speedrun.py: error: no field of {model_type} or of training: {unknown}")
     return AutoModelForMaskedLM.from_config(
         AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **special, **fields)
     )
@@ -118,6 +123,7 @@ def run_here(job: dict) -> dict:
         report_to="none", disable_tqdm=True, seed=job["seed"], **limit, **arm["training"],
     )  # fmt: skip
     curve: list[list[float]] = []
+    passed: list[float] = []  # the point of each entry of the curve
     points = iter(POINTS)
 
     class Curve(TrainerCallback):
@@ -128,6 +134,7 @@ def run_here(job: dict) -> dict:
                 trainer.clock.elapsed_seconds / job["time_budget_seconds"]
             )  # fmt: skip
             if fraction >= self.due:
+                passed.append(self.due)
                 with clock.paused():
                     curve.append([trainer.clock.elapsed_seconds, held_out_loss(trainer.model, eval_batches)])
                 while self.due <= fraction:
@@ -142,6 +149,7 @@ def run_here(job: dict) -> dict:
     seconds = trainer.clock.elapsed_seconds
     final_loss = held_out_loss(trainer.model, eval_batches)
     curve.append([seconds, final_loss])
+    passed.append(END)
     if job.get("save_to"):
         model.save_pretrained(job["save_to"])
         tokenizer.save_pretrained(job["save_to"])
@@ -155,6 +163,7 @@ def run_here(job: dict) -> dict:
         "matmul_peak_share": metrics["training_flops"] / seconds / metrics["matmul_peak_flops_per_second"],
         "peak_memory_bytes": metrics["peak_memory_bytes"],
         "curve": curve,
+        "points": passed,
         "is_finite": bool(np.isfinite(final_loss)) and torch.isfinite(torch.tensor(curve)).all().item(),
     }
 
@@ -170,6 +179,8 @@ def build_eval_batches(held_out, tokenizer, rows: int) -> list[dict]:
 
 def held_out_loss(model, batches: list[dict]) -> float:
     """Mean loss of the masked tokens in nats, in fp32 and without compiling."""
+    # accelerate has put its autocast around the model's own forward.
+    forward = getattr(model, "_original_forward", model)
     import torch
 
     was_training = model.training
@@ -186,7 +197,7 @@ def held_out_loss(model, batches: list[dict]) -> float:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in batches:
                 positions = batch["masked_positions"]
-                logits = model(input_ids=batch["input_ids"]).logits.float()
+                logits = forward(input_ids=batch["input_ids"]).logits.float()
                 labels = batch["labels"].gather(1, positions)
                 total += torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1), labels.flatten(), reduction="sum"
@@ -205,6 +216,8 @@ def read_arm(name: str) -> dict:
     """The fields of an arm of benchmarks/speedrun_arms.yaml, which may build on a recipe or on another arm."""
     arms = yaml.safe_load(ARMS_FILE.read_text())
     if Path(name).suffix == ".yaml":
+        if not Path(name).is_file():
+            raise SystemExit(f"benchmarks/speedrun.py: error: no recipe {name}")
         return yaml.safe_load(Path(name).read_text())
     if name not in arms:
         raise SystemExit(f"benchmarks/speedrun.py: error: no arm {name!r}: choose from {', '.join(arms)}, or a recipe")
@@ -235,7 +248,10 @@ def split_fields(fields: dict) -> dict:
 
     training_names = {spec.name for spec in fields_of(CramTrainingArguments)}
     data_names = {spec.name for spec in fields_of(DataArguments)}
-    ours = {"output_dir", "time_budget", "logging_interval", "eval_interval", "save_interval", "bf16", "torch_compile"}
+    ours = {
+        "output_dir", "time_budget", "max_steps", "logging_interval", "eval_interval", "save_interval", "bf16", "fp16",
+        "torch_compile", "use_cpu", "seed", "report_to", "disable_tqdm", "train_sampling_strategy", "push_to_hub",
+    }  # fmt: skip
     arm: dict = {"training": {}, "model": {}, "mlm_probability": 0.15}
     for name, value in fields.items():
         if name in ours or name in data_names:
@@ -278,16 +294,19 @@ def time_to_loss(curve: list[list[float]], loss: float) -> float | None:
     return None
 
 
+def median_curve(results: list[dict]) -> list[list[float]]:
+    """Medians of seconds and loss at the points that all runs have; a run of slow steps leaves some out."""
+    by_point = [dict(zip(result["points"], result["curve"], strict=True)) for result in results]
+    shared = [point for point in by_point[0] if all(point in points for points in by_point)]
+    return [[statistics.median(points[point][i] for points in by_point) for i in (0, 1)] for point in shared]
+
+
 def summarize(runs: dict[str, list[dict]]) -> dict:
     """Medians over the seeds, and for each arm how much sooner it passes the final loss of the first arm."""
     rival = next(iter(runs))
     summary: dict = {"arms": {}, "time_ratio": {}, "rival": rival}
     for name, results in runs.items():
-        curves = [result["curve"] for result in results]
-        middle = [
-            [statistics.median(values) for values in zip(*points, strict=True)]
-            for points in zip(*curves, strict=False)
-        ]
+        middle = median_curve(results)
         summary["arms"][name] = {
             "final_loss": [result["final_loss"] for result in results],
             "tokens_per_second": statistics.median(result["tokens"] / result["seconds"] for result in results),

@@ -3,8 +3,8 @@ Does an encoder help downstream? A frozen probe and a short fine-tuning on SST-2
 
     python benchmarks/transfer_probe.py --model out/quickstart --glue_data DIR [--seeds 1] [--from_scratch]
 
-Frozen: logistic or ridge regression on mean-pooled last states (of a pair: both means, their difference and product).
-Short: one setting for all tasks (SHORT below) on at most 4,000 examples. Scores are GLUE's, in per cent.
+Frozen: logistic or ridge regression on mean-pooled last states (of a pair: the absolute difference and the product of
+both means). Short: one setting for all tasks (SHORT below) on at most 4,000 examples. Scores are GLUE's, in per cent.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
 import hf_cram  # noqa: F401 registers the crammed BERT
-from hf_cram.fine_tuning import EncodedTask, EncoderArguments, FineTuningArguments
+from hf_cram.fine_tuning import EncodedTask, EncoderArguments, FineTuningArguments, encode_task, longest_example
 from hf_cram.glue import TaskData
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
 
@@ -88,9 +88,10 @@ def frozen_scores(model, tokenizer, encoded: EncodedTask, data: TaskData) -> flo
 def probe(model_folder: str, glue_data: str, seeds: str, from_scratch: bool, tasks: str = TASKS) -> dict:
     """Scores by task: `{"frozen": {task: score}, "short": {task: [score of each seed]}, "seconds": ...}`."""
     started = time.monotonic()
-    encoder = EncoderArguments(model_name_or_path=model_folder, from_scratch=from_scratch, pooling="segments")
-    if not hasattr(AutoModel.from_pretrained(model_folder).config, "classifier_pooling"):
-        encoder.pooling = None
+    is_ours = AutoConfig.from_pretrained(model_folder).model_type == "crammed_bert"
+    encoder = EncoderArguments(
+        model_name_or_path=model_folder, from_scratch=from_scratch, pooling="segments" if is_ours else None
+    )
     with tempfile.TemporaryDirectory() as folder:
         glue = GlueArguments(tasks=tasks, glue_data=glue_data, max_train_samples=MOST_EXAMPLES)
         args = FineTuningArguments(output_dir=folder, bf16=False, report_to="none", **SHORT)
@@ -101,8 +102,11 @@ def probe(model_folder: str, glue_data: str, seeds: str, from_scratch: bool, tas
             model = AutoModel.from_config(model.config)
         frozen = {}
         for task in run.tasks:
-            encoded = run.encoded(task)
-            frozen[task.name] = frozen_scores(model, run.tokenizer, encoded, encoded.data)
+            data = run.encoded(task).data
+            # With the two texts told apart, whatever the model's own head reads.
+            length = longest_example(encoder, run.tokenizer)
+            encoded = encode_task(data, run.tokenizer, length, MOST_EXAMPLES, with_segments=True)
+            frozen[task.name] = frozen_scores(model, run.tokenizer, encoded, data)
         with contextlib.redirect_stderr(io.StringIO()):  # one bar of the harness is enough
             results = run.run(args, parse_seeds("seeds", seeds))
     short = {task.name: results["tasks"][task.name][task.headline]["values"] for task in run.tasks}

@@ -37,6 +37,7 @@ class RunState:
     rows_seen: int = 0
     tokens_seen: int = 0
     skipped_steps: int = 0
+    dataset_id: str | None = None
 
     def save(self, folder: Path) -> None:
         (folder / RUN_STATE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

@@ -73,6 +73,7 @@ class MuonWithAdamW(Optimizer):
             "momentum": momentum,
             "newton_schulz_steps": newton_schulz_steps,
             "parts": 0,
+            "fused": True,  # a loaded state then keeps AdamW's count of steps on the parameter's device
         }
         super().__init__(params, defaults)
 

@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from .data.errors import DataError
 from .data.pipeline import DataArguments, PreparedCorpus, open_cache, prepare_corpus
@@ -54,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("hf_cram").setLevel(logging.INFO)
     try:
-        has_end = training_fields.time_budget is not None or training_fields.max_steps > 0
-        if has_end and is_limit_wanted(data_args, text_args):
-            limit_text_to_budget(data_args, model_args, masking_args, _training_args(training_fields), text_args)
+        if is_limit_wanted(data_args, text_args) and not prepare_args.dry_run:
+            training_args = _training_args(training_fields)
+            limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
         if prepare_args.dry_run:
             print(predict(data_args, prepare_args.dry_run_documents))
             return 0
@@ -73,6 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _training_args(training_fields: TrainingFields) -> CramTrainingArguments:
+    """Raises [`DataError`] where the budget cannot be told from here: its text depends on the machine that trains."""
+    if training_fields.time_budget is None and training_fields.max_steps <= 0:
+        raise DataError(
+            "nothing limits the text: put a training recipe first, or set max_train_tokens, or text_for_budget: false"
+        )
+    if training_fields.fp16 and not torch.cuda.is_available():
+        raise DataError(
+            "the recipe trains in fp16, on a GPU that is not here, and its text follows from that one's speed: set "
+            "max_train_tokens (a run logs the number it takes), and set the same for the run; or text_for_budget: false"
+        )
     given = {spec.name: getattr(training_fields, spec.name) for spec in fields(training_fields) if spec.init}
     return CramTrainingArguments(**given)
 
@@ -116,10 +129,19 @@ def predict(arguments: DataArguments, num_documents: int) -> str:
         "documents kept": f"{statistics['documents'] * scale:,.0f}",
         "tokens kept": f"{statistics['tokens'] * scale:,.0f}",
         "rows": f"{statistics['tokens'] * scale / arguments.max_seq_length:,.0f}",
-        "hours": f"{sum(step['seconds'] for step in statistics['steps']) * scale / 3600:,.2f}",
+        "hours": f"{_predict_seconds(statistics['steps'], scale, arguments) / 3600:,.2f}",
         "GB on disk": f"{disk * scale / 1e9:,.2f}",
     }
     return "\n".join([*lines, *(f"{name:<16}{value:>20}" for name, value in totals.items())])
+
+
+def _predict_seconds(steps: list[dict[str, Any]], scale: float, arguments: DataArguments) -> float:
+    """Seconds of `scale` times the text; a tokenizer is trained on no more of it than its limit."""
+    seconds = 0.0
+    for step in steps:
+        limit = arguments.tokenizer_training_characters / max(1, step["characters_in"] or 1)
+        seconds += step["seconds"] * (min(scale, max(1.0, limit)) if step["step"] == "tokenizer" else scale)
+    return seconds
 
 
 def _measure(arguments: DataArguments, num_documents: int) -> tuple[int, int, int | None]:

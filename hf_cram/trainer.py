@@ -140,7 +140,7 @@ class CramTrainer(Trainer):
 
         super().__init__(model=model, args=args, **kwargs)
         self.clock = BudgetClock(args.time_budget_seconds, time_function)
-        self.run_state = RunState()
+        self.run_state = RunState(dataset_id=getattr(train_dataset, "dataset_id", None))
         self.followers = list(followers)
         self.eval_data_collator = eval_data_collator
         self.interrupted_by: signal.Signals | None = None
@@ -310,8 +310,9 @@ class CramTrainer(Trainer):
             clock = read_clock(output_dir)
             if checkpoint is not None:
                 self.run_state = RunState.load(checkpoint)
+                self._check_dataset(checkpoint)
             elif clock is not None:
-                self.run_state = RunState(run_id=clock["run_id"])
+                self.run_state = RunState(run_id=clock["run_id"], dataset_id=self.run_state.dataset_id)
             if checkpoint is None and is_main:
                 logger.warning("There is no complete checkpoint in %s: the run starts at its first step", output_dir)
             # The time between the last checkpoint and a kill was used as well.
@@ -327,6 +328,15 @@ class CramTrainer(Trainer):
             clear_staging(output_dir)
         self.accelerator.wait_for_everyone()
         return checkpoint
+
+    def _check_dataset(self, checkpoint: Path) -> None:
+        """A dataset that has a `dataset_id` must be the one that the checkpoint has seen rows of."""
+        earlier, now = self.run_state.dataset_id, getattr(self.train_dataset, "dataset_id", None)
+        if None not in (earlier, now) and earlier != now:
+            raise CheckpointError(
+                f"{checkpoint} has seen rows of the dataset {earlier}, and the one given now is {now}: repeat every "
+                "setting of the text, max_train_tokens as logged then included, or start a new run"
+            )
 
     def _heartbeat_values(self) -> dict[str, Any]:
         return {

@@ -89,6 +89,10 @@ class CramTrainingArguments(OpenPrecisionArguments):
     save_interval: str | None = field(
         default=None, metadata={"help": "Save a checkpoint every '10%' of the budget, or every '30m' of the clock."}
     )
+    ddp_timeout: int = field(
+        default=7 * 24 * 3600,
+        metadata={"help": "Seconds that processes wait for each other: the first one may prepare a text for hours."},
+    )
     max_nonfinite_steps: int = field(
         default=10,
         metadata={"help": "Steps in a row with a loss or gradient that is not finite before the run stops."},
@@ -163,6 +167,8 @@ class CramTrainingArguments(OpenPrecisionArguments):
             )
         if not 0 <= self.batch_ramp_until <= 1:
             raise ValueError(f"batch_ramp_until is a fraction of the budget from 0 to 1, got {self.batch_ramp_until}")
+        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            raise ValueError(f"muon_learning_rate must be above 0, got {self.muon_learning_rate}")
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}")
 

@@ -1,5 +1,7 @@
 """Muon against torch's own and AdamW against torch's own; which parameter is whose."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +70,31 @@ def test_everything_else_steps_like_torchs_adamw():
             optimizer.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_a_loaded_state_goes_on_as_the_saved_one():
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.ones(6, 3)), nn.Parameter(torch.ones(7))]
+
+    def build(weights):
+        return MuonWithAdamW([{"params": weights[:1], "parts": 1}, {"params": weights[1:]}], lr=0.1)
+
+    def step(optimizer, weights, seed):
+        for parameter in weights:
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    optimizer = build(parameters)
+    step(optimizer, parameters, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert all(group["fused"] for group in state["param_groups"])  # moves the count of steps to the device
+    clones = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    resumed = build(clones)
+    resumed.load_state_dict(state)
+    step(optimizer, parameters, 2)
+    step(resumed, clones, 2)
+    for parameter, clone in zip(parameters, clones, strict=True):
+        assert torch.equal(parameter, clone)
 
 
 def test_muon_takes_the_matrices_of_the_layers_and_nothing_else(tiny_config):

@@ -38,7 +38,8 @@ def test_time_to_a_loss_is_interpolated():
 
 
 def result(loss, curve):
-    return {"final_loss": loss, "seconds": curve[-1][0], "tokens": 1000, "curve": curve}
+    points = [0.5, 1.0][-len(curve) :]
+    return {"final_loss": loss, "seconds": curve[-1][0], "tokens": 1000, "curve": curve, "points": points}
 
 
 def test_ratios_compare_times_to_the_rivals_final_loss():
@@ -53,6 +54,17 @@ def test_ratios_compare_times_to_the_rivals_final_loss():
     assert summary["time_ratio"]["rival"] == 1.0
     assert summary["time_ratio"]["fast"] == pytest.approx((100 / 10 + 100 / 20) / 2)
     assert summary["time_ratio"]["slow"] is None  # one seed never gets there
+
+
+def test_the_curve_of_several_seeds_leaves_out_what_one_run_lacks():
+    runs = {"rival": [result(5.0, [[50.0, 6.0], [100.0, 5.0]]), result(5.2, [[110.0, 5.2]])]}
+    assert speedrun.summarize(runs)["arms"]["rival"]["curve"] == [[105.0, 5.1]]
+
+
+def test_a_misspelt_field_is_one_line(tokenizer):
+    arm = speedrun.split_fields({**speedrun.read_arm("paper_v2"), "hiden_size": 32})
+    with pytest.raises(SystemExit, match="no field of crammed_bert or of training: .*hiden_size"):
+        speedrun.build_model(arm, tokenizer)
 
 
 def test_a_sweep_is_a_grid():

@@ -245,6 +245,16 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny_config, tokenizer, tmp_path,
     assert "was moved to" in caplog.text
 
 
+def test_resuming_on_other_rows_is_refused(tiny_config, tokenizer, tmp_path):
+    rows = Rows(64)
+    rows.dataset_id = "first"
+    settings = {"max_steps": 4, "save_interval": "50%", "dataset": rows}
+    make_trainer(tiny_config, tokenizer, tmp_path, **settings).train()
+    rows.dataset_id = "second"
+    with pytest.raises(CheckpointError, match="has seen rows of the dataset first, and the one given now is second"):
+        make_trainer(tiny_config, tokenizer, tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
 def test_resuming_needs_a_complete_checkpoint(tiny_config, tokenizer, tmp_path):
     trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=2, save_interval="50%", save_total_limit=5)
     trainer.train()

@@ -1,11 +1,14 @@
 """Documents of Hub data sets, downloaded or streamed, and of folders laid out like them."""
 
+import hashlib
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import zstandard
+from huggingface_hub.errors import HTTPError
 
 from .errors import DataError, SkipReport
 from .text_files import ReadProgress, check_documents, fingerprint_files, missing_column
@@ -15,7 +18,9 @@ def _reading_errors() -> tuple[type[Exception], ...]:
     """What loading and reading raise: not found, no such configuration, offline, cut short, not in its format."""
     from datasets.exceptions import DatasetsError  # seconds of import that local text does not need
 
-    return DatasetsError, OSError, EOFError, RuntimeError, ValueError, zlib.error, zstandard.ZstdError
+    # A type error is a column that changes its type on the way.
+    own = (OSError, EOFError, RuntimeError, TypeError, ValueError, zlib.error, zstandard.ZstdError)
+    return DatasetsError, HTTPError, *own
 
 
 def load_hub_dataset(
@@ -43,20 +48,26 @@ def load_hub_dataset(
     return dataset
 
 
+def fingerprint_folder(folder: Path) -> str:
+    """Hash of the files below a folder laid out like a data set, whose names decide the splits."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return hashlib.blake2b(json.dumps([names, fingerprint_files(files)]).encode(), digest_size=16).hexdigest()
+
+
 def fingerprint_hub_dataset(dataset: Any, name: str, revision: str | None) -> str:
     """Identity of a loaded data set: its fingerprint, or where it streams the files' hash or the commit's."""
     from datasets import IterableDataset
 
     if Path(name).is_dir():  # the library's own fingerprint follows the files' times
-        return fingerprint_files(sorted(p for p in Path(name).rglob("*") if p.is_file()))
+        return fingerprint_folder(Path(name))
     if not isinstance(dataset, IterableDataset):
         return dataset._fingerprint
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return str(HfApi().dataset_info(name, revision=revision).sha)
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise DataError(
             f"data set {name!r}: its revision cannot be asked for ({error}); set streaming: false"
         ) from error

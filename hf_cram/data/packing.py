@@ -46,6 +46,11 @@ class PackedRows(Dataset):
         self._open()
 
     @property
+    def dataset_id(self) -> str:
+        """Names the rows: the key of their cache entry."""
+        return self.path.parent.name
+
+    @property
     def num_tokens(self) -> int:
         return self.rows.size
 

@@ -82,7 +82,8 @@ def prepare_corpus(arguments: DataArguments) -> PreparedCorpus:
     rows as they are. Raises [`DataError`].
     """
     place = Place(open_cache(arguments), arguments.overwrite_cache, arguments.preprocessing_workers)
-    if arguments.dataset_name not in (None, INSTALLED_DOCS):
+    # A folder inside the data set is text: a published corpus is a data set of its own.
+    if arguments.dataset_name not in (None, INSTALLED_DOCS) and arguments.dataset_data_dir is None:
         published = find_published_corpus(
             str(arguments.dataset_name),
             arguments.dataset_config_name,
@@ -101,7 +102,7 @@ def prepare_corpus(arguments: DataArguments) -> PreparedCorpus:
 def open_published(published: PublishedCorpus, arguments: DataArguments, place: Place) -> PreparedCorpus:
     """The rows of a published corpus, through the cache. Raises [`DataError`] where the arguments ask for others."""
     published.check_arguments(arguments)
-    entry = place.cache / "corpora" / hash_of(FORMAT_VERSION, "published", published.identity)
+    entry = place.cache / "corpora" / hash_of(FORMAT_VERSION, "published", published.identity, published.config_name)
     directory, from_cache = cached_entry(entry, published.write, place.overwrite)
     return open_corpus(directory, published.max_seq_length, from_cache)
 

@@ -16,8 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
 from .errors import DataError
+from .hub_datasets import fingerprint_folder
 from .packing import token_dtype
-from .text_files import fingerprint_files
 from .tokenization import load_tokenizer
 
 DESCRIPTION_NAME = "corpus.json"
@@ -81,8 +81,7 @@ def find_published_corpus(
     if not is_described and not _has_rows(name, config_name, revision, text_column):
         return None
     if folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return PublishedCorpus(name, folder, config_name, fingerprint_files(files))
+        return PublishedCorpus(name, folder, config_name, fingerprint_folder(folder))
     folder = _download(name, revision)
     return PublishedCorpus(name, folder, config_name, folder.name)
 
@@ -93,7 +92,7 @@ def _has_rows(name: str, config_name: str | None, revision: str | None, text_col
 
     try:
         splits = load_dataset(name, config_name, revision=revision, streaming=True)
-    except (ValueError, OSError, RuntimeError, DatasetsError):
+    except (ValueError, OSError, RuntimeError, HTTPError, DatasetsError):
         return False
     columns = next(iter(splits.values())).column_names or []
     return COLUMN in columns and text_column not in columns
@@ -130,7 +129,10 @@ class PublishedCorpus:
         if not (tokenizer / "tokenizer.json").is_file():
             raise self.error("its rows have no tokenizer beside them (tokenizer/tokenizer.json): add that of the rows")
         self.tokenizer = load_tokenizer(tokenizer)
-        self.max_seq_length = len(next(self._columns("train"))[0].as_py() or ())
+        first = next(self._columns("train"))[0].as_py()
+        if not isinstance(first, list):
+            raise self.error(f"{COLUMN} must hold lists of token ids, got {first!r} in the first row")
+        self.max_seq_length = len(first)
         digest = hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
         if self.description.get("tokenizer_sha256", digest) != digest:
             raise self.error("its tokenizer is not the one that was published with it: download or publish it again")
@@ -226,6 +228,9 @@ class PublishedCorpus:
 
     def _checked(self, column: pa.Array, place: str) -> np.ndarray:
         """The (N, max_seq_length) token ids of a batch."""
+        kind = column.type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            raise self.error(f"{place}: {COLUMN} must hold lists of token ids, got {kind}")
         lengths = pc.list_value_length(column).fill_null(0)
         if pc.any(pc.not_equal(lengths, self.max_seq_length)).as_py():
             raise self.error(f"{place}: not all have {self.max_seq_length} tokens, as the first row: pack them anew")

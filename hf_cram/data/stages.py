@@ -82,7 +82,8 @@ class TokenizerStage:
         a = self.arguments
         if a.tokenizer_name is not None:
             tokenizer = load_tokenizer(a.tokenizer_name)
-            return hash_of(tokenizer.backend_tokenizer.to_str(), tokenizer.sep_token)
+            special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+            return hash_of(tokenizer.backend_tokenizer.to_str(), special)
         return hash_of(FORMAT_VERSION, self.text.identity, a.vocab_size, self._max_characters, tokenizers.__version__)
 
     @property
@@ -183,8 +184,8 @@ class TokensStage:
         record.documents_in, record.documents_out = shards.total("documents_in"), shards.total("documents")
         record.characters_in, record.characters_out = shards.total("characters_in"), shards.total("characters")
         record.tokens_out = shards.num_tokens
-        os.rename(unfinished, folder / "shards")
         write_steps(folder, [record])
+        os.rename(unfinished, folder / "shards")
 
     def _count_tokens(self, text: str) -> int:
         return len(self._settings.tokenizer.encode(text, add_special_tokens=False).ids)
