@@ -270,7 +270,7 @@ def test_training_goes_on_where_there_is_no_hub(train, run):
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
         status, log, out = train("absent", "--max_steps", "4", endpoint=endpoint)
         assert status == 0, log
-        last = log.splitlines()[-1]
+        last = next(line for line in reversed(log.splitlines()) if COMMAND.search(line))
         assert "the Hub cannot be reached ([Errno 111] Connection refused)" in last
         assert COMMAND.search(last)[1] == f"{out} --hub_model_id me/absent"
         assert log.count("hf_cram.hub out") <= 1
