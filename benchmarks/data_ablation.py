@@ -10,14 +10,13 @@ the arms take turns, compiling and measuring are outside the clock. D/results.js
 """
 
 import argparse
-import importlib.util
-import json
 import statistics
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import speedrun
 
 from hf_cram.budget import parse_duration
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
@@ -45,14 +44,6 @@ ARMS = {
     "filtered+sorted": {**FILTERS, **ORDER},
     "all": {**FILTERS, **DEDUPLICATION, **ORDER},
 }
-
-
-def load_harness():
-    """benchmarks/speedrun.py, which runs an arm in a process of its own."""
-    spec = importlib.util.spec_from_file_location("speedrun", Path(__file__).with_name("speedrun.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def build_texts(clean: Path, noisy: Path, folder: Path) -> tuple[Path, Path]:
@@ -91,12 +82,11 @@ def main() -> None:
     # Its training rows are what every arm is measured on: nearly all of the clean text that was held out.
     measured = prepare_corpus(DataArguments(train_files=[str(held_out)], eval_rows=1, **common))
 
-    harness = load_harness()
-    recipe = harness.read_arm(options.recipe)
+    recipe = speedrun.read_arm(options.recipe)
     jobs = {}
     for name in options.arms.split(","):
         corpus = prepare_corpus(DataArguments(train_files=[str(mix)], eval_rows=1, **common, **ARMS[name]))
-        arm = harness.split_fields(recipe)
+        arm = speedrun.split_fields(recipe)
         if "row_order" in ARMS[name]:
             arm["training"]["train_sampling_strategy"] = "sequential"
         print(f"{name}: {len(corpus.train_dataset):,} rows, dropped {corpus.statistics['dropped']}", flush=True)
@@ -105,19 +95,10 @@ def main() -> None:
             "length": LENGTH, "eval_rows": EVAL_ROWS, "max_steps": 0, "use_cpu": True, "count_compile": False,
             "time_budget_seconds": parse_duration(options.time_budget), "output_dir": str(options.output_dir),
         }  # fmt: skip
-    runs: dict[str, list[dict]] = {name: [] for name in jobs}
-    for seed in range(options.seeds):
-        for name in jobs if seed % 2 == 0 else reversed(jobs):
-            result = harness.run_job({**jobs[name], "seed": seed}, f"{name}-{seed}")
-            runs[name].append(result)
-            print(f"{name} seed {seed}: loss {result['final_loss']:.3f}, {result['steps']} steps", flush=True)
-    summary = harness.summarize(runs)
-    (options.output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-    harness.draw(summary, options.output_dir / "curves.png")
-    harness.print_table(summary)
-    base = statistics.median(summary["arms"][next(iter(runs))]["final_loss"])
+    summary = speedrun.report(speedrun.run_all(jobs, options.seeds, options.output_dir), options.output_dir)
+    base = statistics.median(summary["arms"][summary["rival"]]["final_loss"])
     for name, arm in summary["arms"].items():
-        print(f"{name:<18}{statistics.median(arm['final_loss']) - base:+.3f} nats against {next(iter(runs))}")
+        print(f"{name:<18}{statistics.median(arm['final_loss']) - base:+.3f} nats against {summary['rival']}")
 
 
 if __name__ == "__main__":

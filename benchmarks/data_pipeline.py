@@ -14,8 +14,9 @@ use one tokenizer, trained on the beginning of the text first.
     plain      hf_cram without filter and order, against
     run_mlm    the two maps of transformers' run_mlm.py
 
-CPU seconds are those of the whole process, imports and reading included. Peak memory is that of all processes of an arm together, pages that they share counted once; "whole" is all of the
-preparation from nothing, tokenizer training included, on a quarter of the text and on all of it.
+CPU seconds are those of the whole process, imports and reading included. Peak memory is that of all processes of an arm
+together, pages that they share counted once; "whole" is all of the preparation from nothing, tokenizer training
+included, on a quarter of the text and on all of it.
 """
 
 import argparse

@@ -25,10 +25,13 @@ from hf_cram.minimal_pairs import (
 )
 
 BAR = 100
-NOUNS = ("teacher", "doctor", "student", "friend", "writer", "driver", "farmer", "singer", "lawyer", "king")
+NOUNS = ("teacher", "doctor", "student", "friend", "writer", "driver", "farmer", "singer", "lawyer", "king", "brother",
+         "sister", "father", "mother", "captain", "master", "servant", "soldier", "lady", "boy", "girl", "son",
+         "daughter", "lord", "judge", "guest", "stranger", "prisoner", "leader", "neighbour")  # fmt: skip
 THINGS = ("book", "table", "letter", "house", "picture", "song", "window", "car", "garden", "box")
 PAST = ("found", "sold", "liked", "saw", "moved", "painted", "forgot", "wanted", "needed", "bought")
-ADJECTIVES = ("old", "young", "small", "big", "good", "new", "poor", "rich", "quiet", "happy")
+ADJECTIVES = ("old", "young", "small", "big", "good", "new", "poor", "rich", "quiet", "happy", "tall", "short", "strong",
+              "weak", "wise", "proud", "brave", "kind", "angry", "tired")  # fmt: skip
 PLACES = ("in the city", "near the river", "at the station", "behind the house", "before the war", "after the show")
 
 

@@ -93,7 +93,7 @@ def run_here(job: dict) -> dict:
     import numpy as np
     import torch
     from torch._dynamo.callback import callback_handler
-    from transformers import TrainerCallback, set_seed
+    from transformers import set_seed
 
     from hf_cram.data.collator import DataCollatorForFixedCountMasking
     from hf_cram.data.packing import PackedRows, token_dtype
@@ -123,33 +123,22 @@ def run_here(job: dict) -> dict:
         report_to="none", disable_tqdm=True, seed=job["seed"], **limit, **arm["training"],
     )  # fmt: skip
     curve: list[list[float]] = []
-    passed: list[float] = []  # the point of each entry of the curve
-    points = iter(POINTS)
+    points: list[float] = []  # of each entry of the curve
 
-    class Curve(TrainerCallback):
-        due = next(points)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            fraction = state.global_step / job["max_steps"] if job["max_steps"] else (
-                trainer.clock.elapsed_seconds / job["time_budget_seconds"]
-            )  # fmt: skip
-            if fraction >= self.due:
-                passed.append(self.due)
-                with clock.paused():
-                    curve.append([trainer.clock.elapsed_seconds, held_out_loss(trainer.model, eval_batches)])
-                while self.due <= fraction:
-                    self.due = next(points, math.inf)
+    def measure(point: float) -> None:
+        with clock.paused():
+            curve.append([trainer.clock.elapsed_seconds, held_out_loss(trainer.model, eval_batches)])
+            points.append(point)
 
     with clock.paused():
         trainer = CramTrainer(
             model, arguments, followers=[collator], time_function=clock, train_dataset=train,
-            data_collator=collator, processing_class=tokenizer, callbacks=[Curve()],
+            data_collator=collator, processing_class=tokenizer,
         )  # fmt: skip
+    trainer.add_callback(at_points(lambda: trainer.budget_fraction, measure))
     trainer.train()
-    seconds = trainer.clock.elapsed_seconds
-    final_loss = held_out_loss(trainer.model, eval_batches)
-    curve.append([seconds, final_loss])
-    passed.append(END)
+    measure(END)
+    seconds, final_loss = curve[-1]
     if job.get("save_to"):
         model.save_pretrained(job["save_to"])
         tokenizer.save_pretrained(job["save_to"])
@@ -163,9 +152,28 @@ def run_here(job: dict) -> dict:
         "matmul_peak_share": metrics["training_flops"] / seconds / metrics["matmul_peak_flops_per_second"],
         "peak_memory_bytes": metrics["peak_memory_bytes"],
         "curve": curve,
-        "points": passed,
+        "points": points,
         "is_finite": bool(np.isfinite(final_loss)) and torch.isfinite(torch.tensor(curve)).all().item(),
     }
+
+
+def at_points(fraction_used, measure):
+    """A callback that measures when a run passes each of `POINTS`, after the step that does."""
+    from transformers import TrainerCallback
+
+    class AtPoints(TrainerCallback):
+        def __init__(self):
+            self.points = iter(POINTS)
+            self.due = next(self.points)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            fraction = fraction_used()
+            if fraction >= self.due:
+                measure(self.due)
+                while self.due <= fraction:
+                    self.due = next(self.points, math.inf)
+
+    return AtPoints()
 
 
 def build_eval_batches(held_out, tokenizer, rows: int) -> list[dict]:
@@ -281,6 +289,37 @@ def run_job(job: dict, name: str) -> dict:
         return json.loads((path / "result.json").read_text())
 
 
+def run_all(
+    jobs: dict[str, dict], seeds: int, output_dir: Path, first_seed: int = 0, save_models: bool = False
+) -> dict[str, list[dict]]:
+    """Run every job with every seed, in turn; each result is a line of `runs.jsonl` as soon as it is there."""
+    runs: dict[str, list[dict]] = {name: [] for name in jobs}
+    for seed in range(first_seed, first_seed + seeds):
+        # There and back, so that no arm always has the quiet machine.
+        for name in jobs if seed % 2 == 0 else reversed(jobs):
+            run_name = f"{name}-{seed}".replace("/", "_").replace(" ", "_")
+            saved = {"save_to": str(output_dir / "models" / run_name)} if save_models else {}
+            result = run_job({**jobs[name], **saved, "seed": seed}, run_name)
+            runs[name].append(result)
+            with open(output_dir / "runs.jsonl", "a") as stream:
+                stream.write(json.dumps({"arm": name, "seed": seed, **result}) + "\n")
+            print(
+                f"{name} seed {seed}: loss {result['final_loss']:.3f}, {result['steps']} steps, "
+                f"{result['tokens'] / result['seconds']:,.0f} tokens/s, {result['seconds']:.1f} s",
+                flush=True,
+            )
+    return runs
+
+
+def report(runs: dict[str, list[dict]], output_dir: Path) -> dict:
+    """Print the table, write `results.json` and `curves.png`; returns the summary."""
+    summary = summarize(runs)
+    (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw(summary, output_dir / "curves.png")
+    print_table(summary)
+    return summary
+
+
 def time_to_loss(curve: list[list[float]], loss: float) -> float | None:
     """Seconds at which the curve first passes `loss`, interpolated; `None` where it does not."""
     earlier = None
@@ -355,10 +394,6 @@ def draw(summary: dict, path: Path) -> None:
 
 
 def main() -> None:
-    if "HF_CRAM_JOB" in os.environ:
-        path = Path(os.environ["HF_CRAM_JOB"])
-        path.with_name("result.json").write_text(json.dumps(run_here(json.loads(path.read_text()))))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time_budget", default="60s", help="of every run")
     parser.add_argument("--max_steps", type=int, default=0, help="equal steps instead of equal time")
@@ -398,26 +433,16 @@ def main() -> None:
         "max_steps": options.max_steps, "time_budget_seconds": parse_duration(options.time_budget),
         "count_compile": options.count_compile, "output_dir": str(output_dir), "use_cpu": True,
     }  # fmt: skip
-    runs: dict[str, list[dict]] = {name: [] for name in arms}
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
-        # There and back, so that no arm always has the quiet machine.
-        for name in arms if seed % 2 == 0 else reversed(arms):
-            run_name = f"{name}-{seed}".replace("/", "_").replace(" ", "_")
-            saved = {"save_to": str(output_dir / "models" / run_name)} if options.save_models else {}
-            result = run_job({**job, **saved, "arm": arms[name], "seed": seed}, run_name)
-            runs[name].append(result)
-            with open(output_dir / "runs.jsonl", "a") as stream:
-                stream.write(json.dumps({"arm": name, "seed": seed, **result}) + "\n")
-            print(
-                f"{name} seed {seed}: loss {result['final_loss']:.3f}, {result['steps']} steps, "
-                f"{result['tokens'] / result['seconds']:,.0f} tokens/s, {result['seconds']:.1f} s",
-                flush=True,
-            )
-    summary = summarize(runs)
-    (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw(summary, output_dir / "curves.png")
-    print_table(summary)
+    jobs = {name: {**job, "arm": arm} for name, arm in arms.items()}
+    report(run_all(jobs, options.seeds, output_dir, options.first_seed, options.save_models), output_dir)
 
 
 if __name__ == "__main__":
-    main()
+    if "HF_CRAM_JOB" in os.environ:
+        job_file = Path(os.environ["HF_CRAM_JOB"])
+        job_file.with_name("result.json").write_text(json.dumps(run_here(json.loads(job_file.read_text()))))
+        sys.exit()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"benchmarks/speedrun.py: error: {error}")

@@ -389,8 +389,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
-        help="score in bf16, whose rounding turns about one pair in a hundred; default: where a short measurement finds "
-        "it faster",
+        help="score in bf16, whose rounding can turn a close pair; default: where a short measurement finds it faster",
     )
     parser.add_argument(
         "--torch_compile",

@@ -13,12 +13,13 @@ from conftest import REPOSITORY, VOCAB_SIZE
 from datasets import Dataset
 from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
-from hf_cram import CrammedBertForMaskedLM
+from hf_cram import CrammedBertForMaskedLM, minimal_pairs
 from hf_cram.minimal_pairs import (
     MinimalPair,
     MinimalPairsError,
     compile_encoder,
     main,
+    make_fast,
     pseudo_log_likelihoods,
     read_pairs,
     score_pairs,
@@ -74,6 +75,39 @@ def test_a_compiled_encoder_gives_the_same_scores(models, tokenizer, name):
     expected = pseudo_log_likelihoods(models[name], tokenizer, sentences(12))
     compile_encoder(models[name])
     np.testing.assert_allclose(pseudo_log_likelihoods(models[name], tokenizer, sentences(12)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bf16", "is_faster", "dtype"), [
+    (None, True, torch.bfloat16), (None, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.float32),
+])  # fmt: skip
+def test_precision_is_as_told_or_as_measured(models, tokenizer, monkeypatch, bf16, is_faster, dtype):
+    model = models["crammed_bert"]
+    monkeypatch.setattr(minimal_pairs, "bf16_scores_faster", lambda *arguments: is_faster)
+    make_fast(model, tokenizer, [MinimalPair("w1", "w2")], bf16, torch_compile=False)
+    assert model.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("told", "pairs", "compiles"), [(None, 9, False), (None, 10, True), (True, 1, True), (False, 99, False)]
+)
+def test_many_pairs_are_worth_compiling(models, tokenizer, monkeypatch, told, pairs, compiles):
+    compiled = []
+    monkeypatch.setattr(minimal_pairs, "COMPILED_PAIRS", 10)
+    monkeypatch.setattr(minimal_pairs, "can_compile", lambda device: True)
+    monkeypatch.setattr(minimal_pairs, "compile_encoder", compiled.append)
+    make_fast(models["crammed_bert"], tokenizer, [MinimalPair("w1", "w2")] * pairs, bf16=False, torch_compile=told)
+    assert bool(compiled) == compiles
+
+
+def test_measuring_the_precision_changes_nothing(models, tokenizer):
+    model = models["crammed_bert"].eval()
+    expected = pseudo_log_likelihoods(model, tokenizer, sentences(3))
+    assert minimal_pairs.bf16_scores_faster(model, tokenizer, [MinimalPair("w1 w2", "w2 w1")], rounds=1) in (
+        True,
+        False,
+    )
+    assert model.dtype == torch.float32
+    np.testing.assert_array_equal(pseudo_log_likelihoods(model, tokenizer, sentences(3)), expected)
 
 
 def test_a_model_in_training_mode_stays_in_it(models, tokenizer):

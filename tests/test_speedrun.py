@@ -95,7 +95,7 @@ def test_a_real_comparison(tmp_path, python_environment):
     lines = (" ".join(words[(i * k) % 10] for k in range(1, 40)) for i in range(400))
     text.write_text("\n".join(lines), encoding="utf-8")
     command = [sys.executable, SCRIPT, "--max_steps", "4", "--arms", "paper_v2,bert", "--text", text, "--vocab_size",
-               "60", "--length", "32", "--eval_rows", "8", "--output_dir", tmp_path / "out", "--cache_dir",
+               "120", "--length", "32", "--eval_rows", "8", "--output_dir", tmp_path / "out", "--cache_dir",
                tmp_path / "cache", "--sweep", "hidden_size=32", "intermediate_size=64",
                "per_device_train_batch_size=4", "train_batch_rows=4"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), env=python_environment, capture_output=True, text=True)
