@@ -34,7 +34,7 @@ from hf_cram.files import write_atomically
 from hf_cram.launching import start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
-from hf_cram.script_args import CardArguments, MaskingArguments, TextBudgetArguments
+from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, TextBudgetArguments
 from hf_cram.text_budget import limit_text_to_budget
 from hf_cram.trainer import CramTrainer, NonFiniteError
 from hf_cram.training_args import CramTrainingArguments
@@ -53,10 +53,7 @@ TRAINER_FIELDS = (
 
 
 def main() -> int:
-    parser = RecipeParser(
-        (ModelArguments, DataArguments, TextBudgetArguments, PublishArguments, MaskingArguments, CardArguments,
-         CramTrainingArguments)
-    )  # fmt: skip
+    parser = RecipeParser((*RECIPE_PARTS, CramTrainingArguments))
     model_args, data_args, text_args, publish_args, masking_args, card_args, training_args = parser.parse(sys.argv[1:])
     recipe = shareable(parser.given)
     is_main = training_args.process_index == 0
@@ -75,21 +72,51 @@ def main() -> int:
     with training_args.main_process_first(desc="preparing the text"):
         corpus = prepare_corpus(data_args)
     preprocessing_seconds = time.monotonic() - started
-    max_seq_length = corpus.train_dataset.max_seq_length  # a published corpus brings its own
-    logger.info(
-        "%s rows of %d tokens%s", f"{len(corpus.train_dataset):,}", max_seq_length,
-        " (from the cache)" if corpus.from_cache else "",
-    )  # fmt: skip
+    tell_of(corpus)
     if is_main:
         publish(corpus, publish_args, data_args)
-    if not corpus.from_cache:
-        logger.info("What preparing took:\n%s", corpus.table)
     row_order = corpus.statistics.get("row_scores", {}).get("row_order", "none")  # of a published corpus, its own
     if row_order != "none" and "train_sampling_strategy" not in parser.given:
         training_args.train_sampling_strategy = "sequential"
         logger.info("Training reads the rows in their order (%s): train_sampling_strategy is sequential", row_order)
 
+    trainer = build_trainer(corpus, model_args, masking_args, training_args)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if trainer.interrupted_by is not None:
+        logger.warning(
+            "Stopped by %s with a checkpoint: continue with --resume_from_checkpoint true",
+            trainer.interrupted_by.name,
+        )
+        if trainer.pusher is not None:
+            trainer.pusher.clear()
+        return 128 + trainer.interrupted_by
+
+    results = save_results(trainer, preprocessing_seconds, text_name(data_args))
+    if is_main:
+        write_atomically(trainer.output_dir, {"recipe.yaml": yaml.safe_dump(recipe).encode()})
+        write_card(trainer, corpus.tokenizer, results, data_args, card_args, recipe)
+        if training_args.push_to_hub:
+            trainer.push_to_hub()
+    return 0
+
+
+def tell_of(corpus: PreparedCorpus) -> None:
+    """Log what was prepared, and what that took where it was not there before."""
+    logger.info(
+        "%s rows of %d tokens%s", f"{len(corpus.train_dataset):,}", corpus.train_dataset.max_seq_length,
+        " (from the cache)" if corpus.from_cache else "",
+    )  # fmt: skip
+    if not corpus.from_cache:
+        logger.info("What preparing took:\n%s", corpus.table)
+
+
+def build_trainer(
+    corpus: PreparedCorpus, model_args: Any, masking_args: MaskingArguments, training_args: CramTrainingArguments
+) -> CramTrainer:
+    """A fresh model on the corpus, masked as the recipe says, measured with masks that it does not change."""
     config = build_config(model_args, corpus.tokenizer)
+    max_seq_length = corpus.train_dataset.max_seq_length  # a published corpus brings its own
     if max_seq_length > config.max_position_embeddings:
         raise DataError(
             f"max_seq_length ({max_seq_length}) is beyond max_position_embeddings "
@@ -104,7 +131,7 @@ def main() -> int:
         seed=training_args.seed,
         return_masked_positions="masked_positions" in inspect.signature(model.forward).parameters,
     )
-    trainer = CramTrainer(
+    return CramTrainer(
         model,
         training_args,
         followers=[collator],
@@ -118,18 +145,9 @@ def main() -> int:
         callbacks=[LossCurveCallback()],
     )
 
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    if trainer.interrupted_by is not None:
-        logger.warning(
-            "Stopped by %s with a checkpoint: continue with --resume_from_checkpoint true",
-            trainer.interrupted_by.name,
-        )
-        if trainer.pusher is not None:
-            trainer.pusher.clear()
-        return 128 + trainer.interrupted_by
 
-    # The clock has stopped: saving and the final evaluation are reported apart.
+def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) -> dict[str, Any]:
+    """Save model and results. The clock has stopped: saving and the final evaluation are reported apart."""
     saving_started = time.monotonic()
     trainer.save_model()
     trainer.save_state()
@@ -142,17 +160,12 @@ def main() -> int:
     results["eval_perplexity"] = math.exp(min(results["eval_loss"], 100.0))
     trainer.log_metrics("all", results)
     results.update(
-        hardware=describe_hardware(training_args),
-        num_parameters=model.num_parameters(),
-        text_name=text_name(data_args),
+        hardware=describe_hardware(trainer.args),
+        num_parameters=trainer.model.num_parameters(),
+        text_name=text,
     )
     trainer.save_metrics("all", results, combined=False)
-    if is_main:
-        write_atomically(trainer.output_dir, {"recipe.yaml": yaml.safe_dump(recipe).encode()})
-        write_card(trainer, corpus.tokenizer, results, data_args, card_args, recipe)
-        if training_args.push_to_hub:
-            trainer.push_to_hub()
-    return 0
+    return results
 
 
 def publish(corpus: PreparedCorpus, publish_args: PublishArguments, data_args: DataArguments) -> None:

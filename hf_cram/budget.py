@@ -1,6 +1,5 @@
 """The clock, and what follows it: learning rate, batch size, and when to log, evaluate and save."""
 
-import difflib
 import inspect
 import math
 import re
@@ -10,6 +9,8 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from .data.errors import nearest
 
 SECONDS_PER_UNIT = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 DURATION_PATTERN = re.compile(r"(?:\d+(?:\.\d+)?[dhms])+")
@@ -156,8 +157,7 @@ def build_lr_schedule(name: str, shape: dict[str, Any] | None = None) -> Callabl
 
 def did_you_mean(name: str, valid: Any) -> str:
     """`; did you mean 'x'? (valid: ...)` for an error message."""
-    near = difflib.get_close_matches(name, list(valid), n=1)
-    return (f"; did you mean {near[0]!r}?" if near else "") + f" (valid: {', '.join(valid)})"
+    return f"{nearest(name, valid)} (valid: {', '.join(valid)})"
 
 
 class BudgetLRScheduler(LRScheduler):

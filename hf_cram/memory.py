@@ -24,13 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
-from .configuration_crammed_bert import CrammedBertConfig
 from .data.collator import parse_phases
 from .data.pipeline import DataArguments
-from .data.tokenization import load_tokenizer
 from .optimization import MuonWithAdamW, muon_parameter_groups
-from .recipes import ModelArguments, RecipeParser
-from .script_args import CardArguments, MaskingArguments, TextBudgetArguments
+from .recipes import RecipeParser
+from .script_args import RECIPE_PARTS, MaskingArguments, planned_config
 from .training_args import CramTrainingArguments
 
 # What a process needs beside its tensors (the driver's context, the libraries' kernels and workspaces), and what the
@@ -294,13 +292,6 @@ def recipe_setup(
     )
 
 
-def recipe_config(model_args: Any, data_args: DataArguments) -> CrammedBertConfig:
-    """The model of a recipe, with the vocabulary of its tokenizer: the named one, or one to be trained."""
-    values = {spec.name: getattr(model_args, spec.name) for spec in fields(model_args)}
-    name = data_args.tokenizer_name
-    return CrammedBertConfig(**values, vocab_size=len(load_tokenizer(name)) if name else data_args.vocab_size)
-
-
 def format_parts(memory: TrainingMemory) -> str:
     """The total and its parts in GB, in one line."""
     parts = (f"{name.replace('_', ' ')} {getattr(memory, name) / BYTES_PER_GB:.2f}" for name in PARTS)
@@ -308,15 +299,9 @@ def format_parts(memory: TrainingMemory) -> str:
 
 
 def main() -> None:
-    parser = RecipeParser(
-        (
-            ModelArguments, DataArguments, TextBudgetArguments, MaskingArguments, CardArguments,
-            CramTrainingArguments, MemoryArguments,
-        ),
-        prog="python -m hf_cram.memory",
-    )  # fmt: skip
-    model_args, data_args, _, masking_args, _, training_args, memory_args = parser.parse(sys.argv[1:])
-    setup, config = recipe_setup(data_args, masking_args, training_args), recipe_config(model_args, data_args)
+    parser = RecipeParser((*RECIPE_PARTS, CramTrainingArguments, MemoryArguments), prog="python -m hf_cram.memory")
+    model_args, data_args, _, _, masking_args, _, training_args, memory_args = parser.parse(sys.argv[1:])
+    setup, config = recipe_setup(data_args, masking_args, training_args), planned_config(model_args, data_args)
     print(
         f"{config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}, rows of "
         f"{setup.max_seq_length} tokens, {setup.masked_tokens} masked, "

@@ -13,10 +13,10 @@ import torch
 
 from .data.errors import DataError
 from .data.pipeline import DataArguments, PreparedCorpus, open_cache, prepare_corpus
-from .data.publish import PublishArguments, publish_if_asked
+from .data.publish import publish_if_asked
 from .data.sources import TextSource
-from .recipes import ModelArguments, RecipeParser
-from .script_args import CardArguments, MaskingArguments, TextBudgetArguments
+from .recipes import RecipeParser
+from .script_args import RECIPE_PARTS
 from .text_budget import is_limit_wanted, limit_text_to_budget
 from .training_args import CramTrainingArguments
 
@@ -46,12 +46,8 @@ class TrainingFields(CramTrainingArguments):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status. A mistake is one line on standard error."""
-    parser = RecipeParser(
-        (DataArguments, PrepareArguments, PublishArguments, ModelArguments, MaskingArguments, TextBudgetArguments,
-         CardArguments, TrainingFields),
-        prog=PROGRAM,
-    )  # fmt: skip
-    data_args, prepare_args, publish_args, model_args, masking_args, text_args, _, training_fields = parser.parse(
+    parser = RecipeParser((*RECIPE_PARTS, TrainingFields, PrepareArguments), prog=PROGRAM)
+    model_args, data_args, text_args, publish_args, masking_args, _, training_fields, prepare_args = parser.parse(
         sys.argv[1:] if arguments is None else arguments
     )
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)

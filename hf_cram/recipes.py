@@ -4,25 +4,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
-from .budget import did_you_mean
 from .configuration_crammed_bert import CrammedBertConfig
+from .data.errors import nearest
 
 # Follow from the tokenizer.
 TOKENIZER_FIELDS = ("vocab_size", "pad_token_id")
 
 
 def _plain_type(annotation: Any) -> Any:
-    """`float | int` as `float`, also where `None` is allowed: a parser converts to one type."""
-    kinds = get_args(annotation)
-    if get_origin(annotation) is None or not {float, int} <= set(kinds):
-        return annotation
-    return float | None if NoneType in kinds else float
+    """`float | int` as `float`: a parser converts to one type."""
+    return float if set(get_args(annotation)) == {float, int} and get_origin(annotation) is not None else annotation
 
 
 ModelArguments = make_dataclass(
@@ -120,7 +116,7 @@ class RecipeParser(HfArgumentParser):
 
     def _nearest(self, name: str) -> str:
         valid = [action.dest for action in self._actions if action.dest != "help"]
-        return did_you_mean(name, valid).split(" (valid")[0]
+        return nearest(name, valid)
 
 
 def build_config(arguments: Any, tokenizer: Any) -> PreTrainedConfig:

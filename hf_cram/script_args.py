@@ -1,6 +1,13 @@
-"""Fields of a training recipe beside those of the model, the text and the Trainer."""
+"""What a training recipe may hold beside the Trainer's fields, for the main job and every program that reads its recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .configuration_crammed_bert import CrammedBertConfig
+from .data.pipeline import DataArguments
+from .data.publish import PublishArguments
+from .data.tokenization import load_tokenizer
+from .recipes import ModelArguments
 
 
 @dataclass
@@ -36,3 +43,20 @@ class CardArguments:
     model_license: str = field(
         default="apache-2.0", metadata={"help": "Licence of the model, an identifier of the Hub; none: left out."}
     )
+
+
+RECIPE_PARTS = (
+    ModelArguments,
+    DataArguments,
+    TextBudgetArguments,
+    PublishArguments,
+    MaskingArguments,
+    CardArguments,
+)
+
+
+def planned_config(model_args: Any, data_args: DataArguments) -> CrammedBertConfig:
+    """The model of a recipe before its text is prepared: with the vocabulary of the named tokenizer, or as asked for."""
+    values = {spec.name: getattr(model_args, spec.name) for spec in fields(model_args)}
+    name = data_args.tokenizer_name
+    return CrammedBertConfig(**values, vocab_size=len(load_tokenizer(name)) if name else data_args.vocab_size)

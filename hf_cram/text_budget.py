@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
-from .configuration_crammed_bert import CrammedBertConfig
 from .data.collator import parse_phases
 from .data.pipeline import DataArguments, open_cache
-from .data.tokenization import load_tokenizer
 from .files import write_json_atomically
 from .hardware import bf16_is_faster, largest_linear_shape
-from .script_args import MaskingArguments, TextBudgetArguments
+from .script_args import MaskingArguments, TextBudgetArguments, planned_config
 from .trainer import keep_random_state
 from .training_args import CramTrainingArguments
 
@@ -84,9 +81,7 @@ def _tokens_per_second(
     data_args: DataArguments, model_args: Any, masking_args: MaskingArguments, training_args: CramTrainingArguments
 ) -> float:
     """The speed of all processes together: remembered, or measured now."""
-    name = data_args.tokenizer_name
-    values = {spec.name: getattr(model_args, spec.name) for spec in fields(model_args)}
-    config = CrammedBertConfig(**values, vocab_size=len(load_tokenizer(name)) if name else data_args.vocab_size)
+    config = planned_config(model_args, data_args)
     rate = parse_phases(masking_args.mlm_probability)[0][1]
     batch = (training_args.per_device_train_batch_size, data_args.max_seq_length)
     machine = _device_name(training_args.device)

@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import REPOSITORY
 from datasets import Dataset
+from forked_calls import forked_calls, logged_in_environment
 from hub_server import CUT, SILENCE, TOKEN, Fault, running_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
@@ -38,39 +39,27 @@ HEADS = ("", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForT
          "ForQuestionAnswering", "ForMultipleChoice", "ForTextEncoding")  # fmt: skip
 COMMAND = re.compile(r"python -m hf_cram\.hub (.*)")
 
-# Forks each command that is asked for: the imports are paid once, the commands are processes of their own. The waits
-# between attempts, the client's included, are cut short.
+# The waits between attempts, the client's included, are cut short.
 DRIVER = """
-import json, os, runpy, sys, time, types
 import huggingface_hub.constants, huggingface_hub.utils._http as client
 import hf_cram.hub, run_mlm_cram
 hf_cram.hub.RETRY_SECONDS = (0.1, 0.2, 0.4)
 hf_cram.hub.SILENCE_SECONDS = 1.0
 client.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.02))})
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        huggingface_hub.constants.ENDPOINT = job["endpoint"]
-        sys.argv = job["command"]
-        code = 0
-        try:
-            if sys.argv[0] == "hf_cram.hub":
-                hf_cram.hub.main(sys.argv[1:])
-            else:
-                runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+def run(job):
+    huggingface_hub.constants.ENDPOINT = job["endpoint"]
+    sys.argv = job["command"]
+    try:
+        if sys.argv[0] == "hf_cram.hub":
+            hf_cram.hub.main(sys.argv[1:])
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 """
 
 LOAD = """
@@ -104,37 +93,19 @@ def server():
 @pytest.fixture(scope="module")
 def environment(server, tmp_path_factory):
     """A machine that is logged in, with this checkout in its path."""
-    home = str(tmp_path_factory.mktemp("home"))
-    paths = [path for path in sys.path if path not in ("", str(REPOSITORY))]
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))},
-        "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *paths]),
-    }  # fmt: skip
+    return logged_in_environment(server.url, TOKEN, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
 def run(environment, server, tmp_path_factory):
     """Runs a command (a script with its arguments, or `hf_cram.hub`); returns its status and what it wrote."""
-    folder = tmp_path_factory.mktemp("logs")
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout.readline() == "ready\n"
+    with forked_calls(DRIVER, environment, tmp_path_factory.mktemp("logs")) as call_forked:
 
-    def run_command(*command, endpoint=server.url):
-        log = folder / f"{len(list(folder.iterdir()))}.log"
-        job = {"command": [str(word) for word in command], "log": str(log), "endpoint": endpoint}
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-        status = int(process.stdout.readline().split()[1])
-        return status, log.read_text()
+        def run_command(*command, endpoint=server.url):
+            status, log = call_forked(command=[str(word) for word in command], endpoint=endpoint)
+            return status, log.read_text()
 
-    yield run_command
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
+        yield run_command
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """Folders that are whole or absent: what is prepared once and found again."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -13,6 +15,11 @@ from ..files import flush_to_disk
 from .errors import DataError
 
 MANIFEST_NAME = "manifest.json"
+
+
+def hash_of(*parts: Any) -> str:
+    """A key for plain values."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 
 
 def cached_entry(entry: Path, write: Callable[[Path], None], overwrite: bool) -> tuple[Path, bool]:

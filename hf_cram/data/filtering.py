@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..files import write_atomically
+from .errors import DataError
 from .languages import LANGUAGES, SCRIPTS, count_characters, is_in_language
-from .sources import DataError
 
 TOO_SHORT = "too few characters"
 TOO_LONG = "too many characters"

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .collator import mix64
-from .sources import DataError
+from .errors import DataError
 
 ROW_ORDERS = ("none", "random", "unigram", "sentence_length", "word_length", "rare_tokens")
 SENTENCE_ENDS = set(".!?")

@@ -7,9 +7,7 @@ The rows are those of `hf_cram.data.pipeline`, to the byte, and training finds t
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .cache import is_complete
 from .errors import DataError
@@ -56,9 +54,8 @@ def _run_stages(plan: ScalePlan, scale: ScaleArguments) -> None:
     RUN[scale.executor](plan, scale)
 
 
-def main(parsed: Sequence[Any]) -> int:
+def main(data: DataArguments, scale: ScaleArguments, publish: PublishArguments) -> int:
     """Run the program on its parsed arguments; returns its exit status. A mistake is one line on standard error."""
-    data, scale, publish = parsed[:3]
     try:
         if scale.estimate is not None:
             print(format_estimates(scale, data.max_seq_length))
@@ -81,18 +78,8 @@ def main(parsed: Sequence[Any]) -> int:
 
 if __name__ == "__main__":
     # The program reads recipes, which belong to a higher layer.
-    from ..prepare import (
-        CardArguments,
-        MaskingArguments,
-        ModelArguments,
-        RecipeParser,
-        TextBudgetArguments,
-        TrainingFields,
-    )
+    from ..prepare import RECIPE_PARTS, RecipeParser, TrainingFields
 
-    parser = RecipeParser(
-        (DataArguments, ScaleArguments, PublishArguments, ModelArguments, MaskingArguments, TextBudgetArguments,
-         CardArguments, TrainingFields),
-        prog=PROGRAM,
-    )  # fmt: skip
-    sys.exit(main(parser.parse(sys.argv[1:])))
+    parser = RecipeParser((*RECIPE_PARTS, TrainingFields, ScaleArguments), prog=PROGRAM)
+    _, data_args, _, publish_args, *_, scale_args = parser.parse(sys.argv[1:])
+    sys.exit(main(data_args, scale_args, publish_args))

@@ -1,6 +1,5 @@
 """Where text comes from: Hub data sets, local files, the documentation of installed packages, or a mix of them."""
 
-import hashlib
 import io
 import itertools
 import json
@@ -13,28 +12,13 @@ from typing import Any
 import zstandard
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .cache import cached_entry
+from .cache import cached_entry, hash_of
 from .errors import DataError, SkipReport
 from .hub_datasets import count_rows, fingerprint_hub_dataset, load_hub_dataset, read_hub_dataset
 from .installed_docs import fingerprint_installed, read_installed_docs
 from .mixing import MixedStream, mix_streams
 from .source_arguments import INSTALLED_DOCS, MixedSource, SourceArguments
 from .text_files import ReadProgress, expand_files, fingerprint_files, read_files
-
-__all__ = [
-    "INSTALLED_DOCS",
-    "DataError",
-    "MixedSource",
-    "SkipReport",
-    "SourceArguments",
-    "TextSource",
-    "expand_files",
-    "fingerprint_files",
-    "fingerprint_hub_dataset",
-    "load_hub_dataset",
-    "read_files",
-    "read_hub_dataset",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +44,7 @@ class _OpenSource:
         # Where it lies and how it gets here is not what it is.
         places = ("dataset_name", "dataset_revision", "streaming", "train_files")
         choices = {name: value for name, value in asdict(settings).items() if name not in places}
-        self.identity = _hash(content, choices)
+        self.identity = hash_of(content, choices)
 
     def _load(self, name: str) -> str:
         s = self.settings
@@ -123,7 +107,7 @@ class TextSource:
         }
         self._streams: list[MixedStream] = []
         self._ended: set[str] = set()
-        self.identity = _hash([source.identity for source in self._sources.values()], arguments.max_documents)
+        self.identity = hash_of([source.identity for source in self._sources.values()], arguments.max_documents)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -192,7 +176,3 @@ def _cached_documentation(entry: Path, overwrite: bool) -> Path:
                 stream.write(json.dumps({"text": document}) + "\n")
 
     return cached_entry(entry, write, overwrite)[0] / "documents.jsonl.zst"
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()

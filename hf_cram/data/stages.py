@@ -19,7 +19,7 @@ from .errors import DataError
 from .filtering import DocumentFilter, FilterArguments
 from .ordering import OrderingArguments, order_rows
 from .packing import pack_rows, token_dtype
-from .sources import SourceArguments
+from .source_arguments import SourceArguments
 from .steps import StepRecord, measured_step, read_steps, write_steps
 from .texts import CHARACTERS_FOR_A_TOKEN, FORMAT_VERSION, Place, Text, hash_of
 from .token_shards import SHARD_CHARACTERS, TokenShards, write_token_shards

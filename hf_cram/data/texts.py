@@ -1,7 +1,6 @@
 """The text as the steps see it: a source's documents, or what deduplication has left of them."""
 
 import contextlib
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import zstandard
 
-from .cache import cached_entry
+from .cache import cached_entry, hash_of
 from .deduplication import DeduplicationArguments, find_near_duplicates
 from .errors import SkipReport
 from .sources import TextSource
@@ -260,8 +259,3 @@ def deduplicate(text: SourceText, arguments: DeduplicationArguments, place: Plac
     if min_bytes is not None:
         rest = WithoutRepeatedSubstrings(rest, min_bytes, arguments.dedup_memory_mb, place)
     return rest
-
-
-def hash_of(*parts: Any) -> str:
-    """A key for plain values."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()

@@ -10,6 +10,7 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_cram.data.errors import DataError
 from hf_cram.data.filtering import (
     PIECE_BYTES,
     DocumentFilter,
@@ -20,7 +21,6 @@ from hf_cram.data.filtering import (
     url_share,
 )
 from hf_cram.data.languages import FREQUENT_WORDS, LANGUAGES, SCRIPTS, count_characters, is_in_language
-from hf_cram.data.sources import DataError
 
 ENGLISH = (
     "It was a bright cold day in April, and the clocks were striking. The old man went down to the harbour, as he had "

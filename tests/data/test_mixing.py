@@ -15,8 +15,10 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_cram.data.errors import DataError
 from hf_cram.data.mixing import MixedStream, mix_streams
-from hf_cram.data.sources import DataError, SourceArguments, TextSource
+from hf_cram.data.source_arguments import SourceArguments
+from hf_cram.data.sources import TextSource
 from hf_cram.recipes import RecipeParser
 
 
@@ -268,7 +270,8 @@ def test_names_of_data_sets_on_the_hub(tmp_path):
 PRINT_MIX = """
 import hashlib, json, sys
 from pathlib import Path
-from hf_cram.data.sources import SourceArguments, TextSource
+from hf_cram.data.source_arguments import SourceArguments
+from hf_cram.data.sources import TextSource
 source = TextSource(SourceArguments(sources=sys.argv[1]), Path("unused"))
 print(source.identity, hashlib.sha256("".join(source.documents()).encode()).hexdigest())
 """

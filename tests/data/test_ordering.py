@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_cram.data import ordering
+from hf_cram.data.errors import DataError
 from hf_cram.data.ordering import ROW_ORDERS, OrderingArguments, order_rows, score_rows, sort_scores
-from hf_cram.data.sources import DataError
 from hf_cram.data.tokenization import train_tokenizer
 
 LENGTH = 8

@@ -3,12 +3,9 @@
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import REPOSITORY
 from datasets import Dataset, load_dataset
+from forked_calls import forked_calls, logged_in_environment
 from hub_server import CUT, TOKEN, Fault, running_hub
 from huggingface_hub import DatasetCard
 
@@ -48,9 +45,8 @@ WORDS = [
     "his",
 ]
 
-# Forks each call that is asked for, so that the imports are paid once; the waits between attempts are cut short.
+# The waits between attempts are cut short.
 DRIVER = """
-import json, os, sys, time, types
 import huggingface_hub.constants, huggingface_hub.utils._http as client
 import datasets, matplotlib.figure, matplotlib.backends.backend_agg
 from pathlib import Path
@@ -82,28 +78,16 @@ def rows(name, target):
         numpy.array(dataset["input_ids"], dtype=numpy.uint16).tofile(f"{target}.{split}")
     return str(dataset.features)
 
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        for module in (huggingface_hub.constants, datasets.config):
-            setattr(module, "ENDPOINT" if module is huggingface_hub.constants else "HF_ENDPOINT", job["endpoint"])
-        huggingface_hub.constants.HF_HUB_OFFLINE = job["offline"]
-        try:
-            result = {"value": globals()[job["call"]](*job["values"], **job["options"])}
-        except DataError as error:
-            result = {"error": str(error)}
-        Path(job["log"] + ".json").write_text(json.dumps(result))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    os.waitpid(pid, 0)
-    print("done", flush=True)
-os._exit(0)
+def run(job):
+    for module in (huggingface_hub.constants, datasets.config):
+        setattr(module, "ENDPOINT" if module is huggingface_hub.constants else "HF_ENDPOINT", job["endpoint"])
+    huggingface_hub.constants.HF_HUB_OFFLINE = job["offline"]
+    try:
+        result = {"value": globals()[job["call"]](*job["values"], **job["options"])}
+    except DataError as error:
+        result = {"error": str(error)}
+    Path(job["log"] + ".json").write_text(json.dumps(result))
+    return 0
 """
 
 
@@ -116,36 +100,19 @@ def server():
 @pytest.fixture(scope="module")
 def call(server, tmp_path_factory):
     """Calls a function of the driver in a process that is logged in at the server; returns its value or its error."""
-    folder = tmp_path_factory.mktemp("logs")
-    paths = [path for path in sys.path if path not in ("", str(REPOSITORY))]
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))},
-        "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path_factory.mktemp("home")),
-        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *paths]),
-    }  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout.readline() == "ready\n"
+    environment = logged_in_environment(server.url, TOKEN, tmp_path_factory.mktemp("home"))
+    with forked_calls(DRIVER, environment, tmp_path_factory.mktemp("logs")) as call_forked:
 
-    def call_function(name, *values, endpoint=server.url, offline=False, **options):
-        log = folder / f"{len(list(folder.glob('*.log')))}.log"
-        values = [str(value) if isinstance(value, Path) else value for value in values]
-        job = {"call": name, "values": values, "options": options, "log": str(log), "endpoint": endpoint}
-        process.stdin.write(json.dumps({**job, "offline": offline}) + "\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "done\n"
-        text = log.read_text()
-        assert TOKEN not in text
-        assert log.with_suffix(".log.json").exists(), text[-3000:]
-        result = json.loads(log.with_suffix(".log.json").read_text())
-        return result.get("value", result.get("error"))
+        def call_function(name, *values, endpoint=server.url, offline=False, **options):
+            values = [str(value) if isinstance(value, Path) else value for value in values]
+            _, log = call_forked(call=name, values=values, options=options, endpoint=endpoint, offline=offline)
+            text = log.read_text()
+            assert TOKEN not in text
+            assert log.with_suffix(".log.json").exists(), text[-3000:]
+            result = json.loads(log.with_suffix(".log.json").read_text())
+            return result.get("value", result.get("error"))
 
-    yield call_function
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
+        yield call_function
 
 
 @pytest.fixture(scope="module")

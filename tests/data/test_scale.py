@@ -160,7 +160,9 @@ def test_estimate_halves_with_twice_the_machines():
 
 
 def test_estimate_is_printed(capsys):
-    assert main([DataArguments(), ScaleArguments(estimate="800GB", nodes=4, cores=32, rate=12.0), None]) == 0
+    assert (
+        main(DataArguments(), ScaleArguments(estimate="800GB", nodes=4, cores=32, rate=12.0), PublishArguments()) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("800 GB of text in rows of 128 tokens")
     assert [line.split()[:2] for line in lines[2:]] == [["1", "0.58"], ["4", "0.14"]]
@@ -174,9 +176,10 @@ def test_without_datatrove_one_line_says_what_to_install(tmp_path, python_enviro
     code = (
         "import sys; sys.modules['datatrove'] = None\n"
         "from hf_cram.data.pipeline import DataArguments\n"
+        "from hf_cram.data.publish import PublishArguments\n"
         "from hf_cram.data.scale import ScaleArguments, main\n"
         f"data = DataArguments(train_files=[{str(files)!r}], cache_dir={str(tmp_path / 'cache')!r})\n"
-        "sys.exit(main([data, ScaleArguments(tasks=2), None]))"
+        "sys.exit(main(data, ScaleArguments(tasks=2), PublishArguments()))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=python_environment, capture_output=True, text=True)
     assert done.returncode == 1
@@ -434,7 +437,7 @@ def test_slurm_scripts_are_arrays_that_wait_for_each_other(tmp_path, datatrove, 
         slurm_partition="cpu",
         slurm_time="8:00:00",
     )
-    assert main([recipe(files, tmp_path / "cache"), scale, PublishArguments()]) == 0
+    assert main(recipe(files, tmp_path / "cache"), scale, PublishArguments()) == 0
     assert "the rows will be in" in capsys.readouterr().out
     scripts = [path.read_text() for path in sorted(slurm.glob("*.slurm"))]
     text, tokens, rows = (script for script in scripts if "launch_pickled_pipeline" in script)
@@ -477,5 +480,5 @@ def test_what_slurm_is_given_makes_the_rows(tmp_path, datatrove, slurm, monkeypa
 def test_without_slurm_one_line_says_so(tmp_path, datatrove, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     scale = ScaleArguments(executor="slurm", tasks=2, slurm_partition="cpu")
-    assert main([recipe(write_files(tmp_path / "text"), tmp_path / "cache"), scale, PublishArguments()]) == 1
+    assert main(recipe(write_files(tmp_path / "text"), tmp_path / "cache"), scale, PublishArguments()) == 1
     assert "sbatch is not here" in capsys.readouterr().err.splitlines()[-1]

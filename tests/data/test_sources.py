@@ -13,17 +13,11 @@ import zstandard
 from conftest import REPOSITORY
 from datasets import IterableDataset
 
-from hf_cram.data.sources import (
-    DataError,
-    SkipReport,
-    SourceArguments,
-    TextSource,
-    expand_files,
-    fingerprint_files,
-    load_hub_dataset,
-    read_files,
-    read_hub_dataset,
-)
+from hf_cram.data.errors import DataError, SkipReport
+from hf_cram.data.hub_datasets import load_hub_dataset, read_hub_dataset
+from hf_cram.data.source_arguments import SourceArguments
+from hf_cram.data.sources import TextSource
+from hf_cram.data.text_files import expand_files, fingerprint_files, read_files
 from hf_cram.recipes import RecipeParser
 
 TEXT_RECIPES = sorted((REPOSITORY / "training_args" / "text").glob("*.yaml"))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hf_cram.data.sources import DataError
+from hf_cram.data.errors import DataError
 from hf_cram.data.tokenization import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 
 TEXT = [

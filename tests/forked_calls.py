@@ -1,0 +1,62 @@
+"""Calls in processes of their own that share one start: the imports are paid once, each call is a fork of it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+IMPORTS = "import json, os, runpy, sys, time, types\n"
+# `run(job)` of the program answers a job and returns an exit status; what it writes goes to the job's log.
+LOOP = """
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        status = run(job)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+os._exit(0)
+"""
+
+
+def logged_in_environment(url: str, token: str, home: Path) -> dict[str, str]:
+    """A machine that is logged in at the Hub `url`, with this checkout in its path."""
+    paths = [path for path in sys.path if path not in ("", str(REPOSITORY))]
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))},
+        "HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *paths]),
+    }  # fmt: skip
+
+
+@contextmanager
+def forked_calls(program: str, environment: dict[str, str], folder: Path) -> Iterator[Callable[..., tuple[int, Path]]]:
+    """A function that runs a job, its keywords, in a fork of `program`: (exit status, log in `folder`)."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTS + program + LOOP],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+
+    def call(**job: object) -> tuple[int, Path]:
+        log = folder / f"{len(list(folder.glob('*.log')))}.log"
+        process.stdin.write(json.dumps({**job, "log": str(log)}) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline().split()[1]), log
+
+    yield call
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
