@@ -4,9 +4,10 @@ Does better text help? The same model and clock on a text as it is, filtered, de
     python benchmarks/data_ablation.py --clean BOOKS.parquet --noisy DOCS.parquet --output_dir D
         [--time_budget 5m] [--seeds 3] [--arms raw,filtered,...]
 
-The noisy documents are mixed into the clean ones; held out are sections of the books, not whole books. All arms share one tokenizer, trained on the raw mix, and are measured
-on one held-out text: clean, shuffled, disjoint by document, masks drawn once at 15 %. Every run is a process of its own,
-the arms take turns, compiling and measuring are outside the clock. D/results.json holds everything.
+The noisy documents are mixed into the clean ones; held out are sections of the books, not whole books. All arms share
+one tokenizer, trained on the raw mix, and are measured on one held-out text: clean, shuffled, disjoint by document,
+masks drawn once at 15 %. Every run is a process of its own, the arms take turns, compiling and measuring are outside
+the clock. D/results.json holds everything.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from hf_cram.budget import parse_duration
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 
 RECIPE = Path(__file__).parents[1] / "training_args" / "quickstart.yaml"
-VOCAB_SIZE, LENGTH, EVAL_ROWS = 8192, 128, 1024
+VOCAB_SIZE, LENGTH, EVAL_ROWS = 8192, 128, 512
 HELD_OUT_EVERY = 40  # of the clean documents
 SEED = 0
 

@@ -10,7 +10,6 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.data.pipeline import DataArguments
-from hf_cram.data.source_arguments import SourceArguments
 from hf_cram.fine_tuning import EncoderArguments, FineTuningArguments
 from hf_cram.glue_run import GlueArguments
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
@@ -28,7 +27,7 @@ def parse(*arguments):
 
 
 def parse_text(*arguments):
-    parser = RecipeParser((SourceArguments,), prog="text")
+    parser = RecipeParser((DataArguments,), prog="text")
     return parser.parse([str(argument) for argument in arguments]), parser
 
 

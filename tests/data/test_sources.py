@@ -15,6 +15,7 @@ from datasets import IterableDataset
 
 from hf_cram.data.errors import DataError, SkipReport
 from hf_cram.data.hub_datasets import load_hub_dataset, read_hub_dataset
+from hf_cram.data.pipeline import DataArguments
 from hf_cram.data.source_arguments import SourceArguments
 from hf_cram.data.sources import TextSource
 from hf_cram.data.text_files import expand_files, fingerprint_files, read_files
@@ -315,7 +316,7 @@ def write_hub_layout(folder, name):
 
 @pytest.mark.parametrize("recipe", TEXT_RECIPES, ids=lambda path: path.stem)
 def test_a_hub_recipe_reads_a_folder_that_looks_like_its_data_set(tmp_path, recipe):
-    (arguments,) = RecipeParser((SourceArguments,)).parse([str(recipe)])
+    (arguments,) = RecipeParser((DataArguments,)).parse([str(recipe)])
     wanted = set()
     folders = {}
     for name in arguments.hub_names:
@@ -338,7 +339,7 @@ def test_a_hub_recipe_reads_a_folder_that_looks_like_its_data_set(tmp_path, reci
 
 @pytest.mark.parametrize("recipe", TEXT_RECIPES, ids=lambda path: path.stem)
 def test_a_hub_recipe_streams_and_has_no_network_here(tmp_path, recipe):
-    (arguments,) = RecipeParser((SourceArguments,)).parse([str(recipe)])
+    (arguments,) = RecipeParser((DataArguments,)).parse([str(recipe)])
     assert all(source.streaming for source in arguments.named_sources().values())
     with pytest.raises(DataError, match="cannot be loaded"):
         TextSource(arguments, tmp_path)
