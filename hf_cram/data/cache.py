@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from ..files import flush_to_disk
 from .errors import DataError
 
 MANIFEST_NAME = "manifest.json"
+KEY = re.compile(r"([0-9a-f]{24}|[0-9a-f]{32})(\.export)?")  # what entries are named by
 
 
 def hash_of(*parts: Any) -> str:
@@ -22,12 +24,15 @@ def hash_of(*parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 
 
-def cached_entry(entry: Path, write: Callable[[Path], None], overwrite: bool) -> tuple[Path, bool]:
+def cached_entry(
+    entry: Path, write: Callable[[Path], None], overwrite: bool, clear_up: Callable[[], None] = lambda: None
+) -> tuple[Path, bool]:
     """
     The folder `entry`, filled by `write(folder)` where it is missing or damaged; and whether it was there.
 
     It is written beside its place under a lock and moved there when complete, with the sizes of its files, which are
-    compared on every later use. Raises [`DataError`] where it cannot be written.
+    compared on every later use; `clear_up()` then removes what only its making needed. Raises [`DataError`] where it
+    cannot be written.
     """
     if not overwrite and is_complete(entry):
         return entry, True
@@ -47,6 +52,7 @@ def cached_entry(entry: Path, write: Callable[[Path], None], overwrite: bool) ->
                 if entry.exists():
                     shutil.rmtree(entry)
                 os.rename(staged, entry)
+                clear_up()
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
     except OSError as error:
@@ -57,13 +63,19 @@ def cached_entry(entry: Path, write: Callable[[Path], None], overwrite: bool) ->
 
 
 def remove_leftovers(entry: Path) -> None:
-    """Delete what killed processes left beside `entry`, whose lock is held: what no living process has locked."""
+    """
+    Delete what killed processes left beside `entry`, whose lock is held: folders with the names that [`cached_entry`]
+    gives them and that no living process has locked.
+    """
     for leftover in entry.parent.glob(".*.*"):
-        name = leftover.name[1:].rpartition(".")[0]
+        name, _, process = leftover.name[1:].rpartition(".")
+        is_ours = process.isdecimal() and leftover.is_dir() and (name == entry.name or KEY.fullmatch(name))
+        if not is_ours:
+            continue
         lock = nullcontext() if name == entry.name else FileLock(entry.parent / f"{name}.lock", timeout=0)
         try:
             with lock:
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
         except Timeout:
             continue  # another process is at work on it
 

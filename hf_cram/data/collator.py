@@ -41,6 +41,15 @@ def parse_phases(text: str) -> list[tuple[float, float]]:
     return phases
 
 
+def check_replacement(mask_replace_prob: float, random_replace_prob: float) -> None:
+    """Raises ValueError where the two shares of the predicted tokens are none."""
+    if not (min(mask_replace_prob, random_replace_prob) >= 0 and mask_replace_prob + random_replace_prob <= 1):
+        raise ValueError(
+            "mask_replace_prob and random_replace_prob must be at least 0 and together at most 1, got "
+            f"{mask_replace_prob} and {random_replace_prob}"
+        )
+
+
 class DataCollatorForFixedCountMasking:
     """
     Masks exactly `max(1, round(rate * L))` tokens in each row of L tokens, so that every batch has the same shape
@@ -71,11 +80,7 @@ class DataCollatorForFixedCountMasking:
     ):
         if tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, which masked language modeling needs")
-        if min(mask_replace_prob, random_replace_prob) < 0 or mask_replace_prob + random_replace_prob > 1:
-            raise ValueError(
-                "mask_replace_prob and random_replace_prob must be at least 0 and together at most 1, got "
-                f"{mask_replace_prob} and {random_replace_prob}"
-            )
+        check_replacement(mask_replace_prob, random_replace_prob)
         self.phases = parse_phases(str(mlm_probability))
         self.mask_replace_prob = mask_replace_prob
         self.random_replace_prob = random_replace_prob

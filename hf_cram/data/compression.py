@@ -7,6 +7,8 @@ from typing import IO, Any
 
 import zstandard
 
+INPUT_BYTES = 1 << 10  # 32 MB decompressed, at most
+
 
 def decompressed(raw: IO[bytes], file: Path) -> IO[bytes]:
     """The content of an open file, decompressed where its name ends in .gz or .zst."""
@@ -24,19 +26,19 @@ class _ZstdFile(io.RawIOBase):
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._frame_has_begun = False
         self._input = b""
-        self._output = b""
+        self._output = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            self._input = self._input or self._stream.read(1 << 16)
+            self._input = self._input or self._stream.read(INPUT_BYTES)
             if not self._input:
                 if self._frame_has_begun:
                     raise EOFError("the compressed file ends early")
                 return 0
-            self._output = self._frame.decompress(self._input)
+            self._output = memoryview(self._frame.decompress(self._input))
             self._input, self._frame_has_begun = b"", True
             if self._frame.eof:
                 self._input = self._frame.unused_data

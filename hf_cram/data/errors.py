@@ -33,7 +33,14 @@ class SkipReport:
     def warn(self) -> None:
         """Log one line for each reason."""
         for reason, count in sorted(self.counts.items()):
-            logger.warning("%d documents skipped: %s (first: %s)", count, reason, self.first_places[reason])
+            place = self.first_places.get(reason)  # unknown where the counts come from a cache
+            logger.warning("%d documents skipped: %s%s", count, reason, f" (first: {place})" if place else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..files import write_atomically
 from .errors import DataError
-from .languages import LANGUAGES, SCRIPTS, count_characters, is_in_language
+from .languages import LANGUAGES, SCRIPTS, count_characters, is_in_language, language_code
 
 TOO_SHORT = "too few characters"
 TOO_LONG = "too many characters"
@@ -97,6 +97,7 @@ class FilterArguments:
                 f"drop_below_characters {self.drop_below_characters} and drop_above_characters "
                 f"{self.drop_above_characters} leave no document: both are positive, the second not below the first"
             )
+        self.keep_language = language_code(self.keep_language)
         if self.keep_language is not None and self.keep_language not in (*LANGUAGES, *SCRIPTS):
             raise DataError(
                 f"keep_language must be one of {', '.join(LANGUAGES)} or a script ({', '.join(SCRIPTS)}), got "

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import zstandard
 from huggingface_hub.errors import HTTPError
 
-from .errors import DataError, SkipReport
-from .text_files import ReadProgress, check_documents, fingerprint_files, missing_column
+from .errors import DataError, SkipReport, first_line
+from .text_files import ReadProgress, check_documents, files_below, fingerprint_files, missing_column
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:
@@ -19,7 +20,7 @@ def _reading_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError  # seconds of import that local text does not need
 
     # A type error is a column that changes its type on the way.
-    own = (OSError, EOFError, RuntimeError, TypeError, ValueError, zlib.error, zstandard.ZstdError)
+    own = (OSError, EOFError, RuntimeError, TypeError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
     return DatasetsError, HTTPError, *own
 
 
@@ -34,11 +35,13 @@ def load_hub_dataset(
 ) -> Any:
     """A Hub data set, or a folder laid out like one. Raises [`DataError`] where it cannot be had."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         dataset = load_dataset(name, config, data_dir=data_dir, split=split, revision=revision, streaming=streaming)
     except _reading_errors() as error:
-        cause = _first_line(error)
+        wrapped = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        cause = first_line(wrapped or error)
         if "scripts are no longer supported" in cause:
             cause += "; a copy without code may be there with dataset_revision: refs/convert/parquet"
         raise DataError(f"data set {name!r} (config {config}, split {split}) cannot be loaded: {cause}") from error
@@ -49,8 +52,11 @@ def load_hub_dataset(
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """Hash of the files below a folder laid out like a data set, whose names decide the splits."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Hash of the files below a folder laid out like a data set, whose names decide the splits. Raises [`DataError`]."""
+    try:
+        files = sorted(path for path in files_below(folder) if path.is_file())
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     names = [path.relative_to(folder).as_posix() for path in files]
     return hashlib.blake2b(json.dumps([names, fingerprint_files(files)]).encode(), digest_size=16).hexdigest()
 
@@ -109,9 +115,5 @@ def read_hub_dataset(
         raise DataError(f"data set {name!r}: no column {text_column!r}: set text_column") from error
     except _reading_errors() as error:
         raise DataError(
-            f"data set {name!r}: reading it failed ({_first_line(error)}): start again to continue"
+            f"data set {name!r}: reading it failed ({first_line(error)}): start again to continue"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,28 +1,35 @@
-"""The embedded default text: the prose of the documentation strings of every installed package."""
+"""The embedded default text: the prose of the documentation of Python's library and of every installed package."""
 
 import ast
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import logging
 import multiprocessing
 import os
+import platform
 import re
 import sys
+import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-RULES_VERSION = 2  # raise it whenever the rules below change what comes out
+RULES_VERSION = 3  # raise it whenever the rules below change what comes out
 MIN_WORDS = 4
 MIN_LETTER_SHARE = 0.78
 FILES_PER_TASK = 64
+# Of Python's own library: other people's packages, which are read by their distributions, and what no user reads.
+NOT_OF_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+HELP_NAMES = ("help", "description")
 
 PROSE_SECTIONS = {"notes", "note", "description", "introduction", "overview", "background", "details", "warnings"}
 SECTION = re.compile(
@@ -41,7 +48,7 @@ DESCRIBED_SECTION = re.compile(
 NAMED_ITEM = re.compile(r"[\w*`.,/ ]{1,60}(?:\s*\([^)]*\))?\s*:\s+(?=[A-Z]\S* \S)")
 UNDERLINE = re.compile(r"[=\-~^\"'#*+.]{3,}\s*")
 FIELD = re.compile(r"\s*(?::[\w\s*,.\[\]|]+:|@\w+|\.\. |\w[\w*, ]*\s*\([^)]*\)\s*:|[\w*`]+\s*:\s*(?:$|\S+, optional))")
-ADMONITION = re.compile(r"\.\. (?:note|warning|tip|important|attention|caution|hint)::\s*")
+ADMONITION = re.compile(r"\.\. (?:note|warning|tip|important|attention|caution|hint)::\s*(.*)")
 ROLE = re.compile(r":[\w:+-]+:`~?!?([^`<]*?)(?:\s*<[^`>]*>)?`")
 HYPERLINK = re.compile(r"`([^`<]+?)\s*<[^`>]+>`_*")
 MARKDOWN_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
@@ -51,14 +58,26 @@ SPACES = re.compile(r"\s+")
 
 
 def source_files(search_paths: Sequence[str] | None = None) -> list[tuple[str, Path]]:
-    """(package, file) of every Python source file that an installed distribution lists, in a stable order."""
+    """
+    (package, file) of every Python source file that an installed distribution lists, in a stable order; without
+    `search_paths` those of Python's own library before them.
+    """
     found: dict[Path, str] = {}
     for distribution in _distributions(search_paths):
         name = _name(distribution)
         for file in distribution.files or ():
             if file.suffix == ".py" and not file.is_absolute() and ".." not in file.parts:
                 found.setdefault(Path(str(distribution.locate_file(file))), name)
-    return sorted(((name, path) for path, name in found.items()), key=lambda pair: (pair[0], pair[1].as_posix()))
+    listed = sorted(((name, path) for path, name in found.items()), key=lambda pair: (pair[0], pair[1].as_posix()))
+    return [*(_library_files() if search_paths is None else ()), *listed]
+
+
+def _library_files() -> list[tuple[str, Path]]:
+    found: list[tuple[str, Path]] = []
+    for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = sorted(set(folders) - NOT_OF_THE_LIBRARY)
+        found += [("python", Path(folder, name)) for name in sorted(files) if name.endswith(".py")]
+    return found
 
 
 def _distributions(search_paths: Sequence[str] | None) -> list[importlib.metadata.Distribution]:
@@ -74,8 +93,11 @@ def _name(distribution: importlib.metadata.Distribution) -> str:
 
 
 def fingerprint_installed(search_paths: Sequence[str] | None = None) -> str:
-    """Hash of the names, versions and file lists (with their hashes) of the installed distributions."""
+    """Hash of Python's version and of the names, versions and file lists (with hashes) of installed distributions."""
     digest = hashlib.blake2b(f"rules {RULES_VERSION}".encode(), digest_size=16)
+    if search_paths is None:
+        library = [f"{path.name} {path.stat().st_size}" for _, path in _library_files()]
+        digest.update("\n".join(["python", platform.python_version(), *library]).encode())
     for distribution in _distributions(search_paths):
         # A record names its own installer's files as well, in an order of the installer's.
         lines = sorted(line for line in (distribution.read_text("RECORD") or "").splitlines() if ".py," in line)
@@ -128,7 +150,7 @@ def module_paragraphs(path: Path) -> list[str]:
         return []
     paragraphs: list[str] = []
     for node in ast.walk(tree):
-        for docstring in _docstrings(node):
+        for docstring in [*_docstrings(node), *_attribute_docstrings(node), *_help_texts(node)]:
             paragraphs.extend(prose_paragraphs(docstring))
     return paragraphs
 
@@ -150,8 +172,33 @@ def _docstrings(node: ast.AST) -> list[str]:
     name = named.id if isinstance(named, ast.Name) else named.attr if isinstance(named, ast.Attribute) else ""
     if "doc" not in name.lower():
         return []
-    constants = (part for value in values for part in ast.walk(value) if isinstance(part, ast.Constant))
-    return [part.value for part in constants if isinstance(part.value, str) and "\n" in part.value]
+    return [text for value in values for part in ast.walk(value) for text in _text(part) if "\n" in text]
+
+
+def _attribute_docstrings(node: ast.AST) -> list[str]:
+    """The strings that stand behind assignments and document what is assigned."""
+    if not isinstance(node, ast.Module | ast.ClassDef):
+        return []
+    return [
+        text
+        for before, statement in itertools.pairwise(node.body)
+        if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(statement, ast.Expr)
+        for text in _text(statement.value)
+    ]
+
+
+def _help_texts(node: ast.AST) -> list[str]:
+    """The texts for a user that a call or a mapping names `help` or `description`: of options, fields, columns."""
+    named: list[tuple[Any, ast.AST]] = []
+    if isinstance(node, ast.Call):
+        named = [(keyword.arg, keyword.value) for keyword in node.keywords]
+    elif isinstance(node, ast.Dict):
+        named = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
+    return [text for name, value in named if name in HELP_NAMES for text in _text(value)]
+
+
+def _text(node: ast.AST) -> list[str]:
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
 
 
 def prose_paragraphs(docstring: str) -> list[str]:
@@ -179,10 +226,12 @@ def prose_paragraphs(docstring: str) -> list[str]:
         elif is_underlined:
             in_list_section = False
             block = block[2:]
-        elif ADMONITION.fullmatch(heading):
-            block = [line.strip() for line in block[1:]]
+        elif (admonition := ADMONITION.fullmatch(heading)) is not None:
+            block = [line.strip() for line in (admonition[1], *block[1:]) if line]
         if in_list_section:
             candidates = _descriptions(block) if in_described_section else []
+        elif block and block[0] == heading and heading.endswith("):") and FIELD.match(heading):
+            candidates = _descriptions(block)  # `name (type):` without a section, as transformers has it
         else:
             # An indented block is code.
             candidates = [block] if block and not block[0].startswith((" ", "\t")) else []
@@ -227,10 +276,11 @@ def _clean_prose(lines: Sequence[str]) -> str | None:
     """One line of prose, or `None` where the lines are something else."""
     if any(line.lstrip().startswith((">>>", "...", "|", "+-", "==", "--", "$ ", "#!", "% ", "```")) for line in lines):
         return None
-    if any(FIELD.match(line) for line in lines):
+    # A role at the beginning of a line is no field, whether or not it goes on in the next one.
+    text = ROLE.sub(r"\1", "\n".join(line.strip() for line in lines))
+    if any(FIELD.match(line) for line in text.split("\n")):
         return None
-    text = " ".join(line.strip() for line in lines)
-    text = MARKDOWN_LINK.sub(r"\1", HYPERLINK.sub(r"\1", ROLE.sub(r"\1", text)))
+    text = MARKDOWN_LINK.sub(r"\1", HYPERLINK.sub(r"\1", text.replace("\n", " ")))
     text = SPACES.sub(" ", MARKUP.sub("", URL.sub("", text))).strip(" -*#")
     if text.endswith("::"):
         text = text[:-1]
@@ -238,6 +288,8 @@ def _clean_prose(lines: Sequence[str]) -> str | None:
     letters = sum(character.isalpha() or character == " " for character in text)
     if len(words) < MIN_WORDS or letters < MIN_LETTER_SHARE * len(text) or not text[0].isalpha():
         return None
-    if text[-1] not in ".!?:;)\"'" or any(sign in text for sign in ("==", "->", "{", "}", "\\", "()", " = ")):
+    if not text.isprintable():  # halves of characters could not be written
+        return None
+    if text[-1] not in ".!?:;)\"'" or any(sign in text for sign in ("==", "->", "{", "}", "\\", " = ")):
         return None
     return text[0].upper() + text[1:]

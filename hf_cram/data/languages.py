@@ -36,6 +36,11 @@ LANGUAGES = tuple(FREQUENT_WORDS)
 LANGUAGE_OF_WORD = {word: language for language, words in FREQUENT_WORDS.items() for word in words.split()}
 
 
+def language_code(value: str | None) -> str | None:
+    """A code as it was meant: YAML reads a bare `no`, Norwegian, as False."""
+    return "no" if str(value) == "False" else value
+
+
 @dataclass
 class CharacterCounts:
     """A text's characters: how many, its ASCII letters and white space, and each of the others with its count."""

@@ -1,10 +1,12 @@
 """The order of the training rows: scored by what they hold, sorted, written anew."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,10 +20,14 @@ CLOSING_MARKS = "\"')]}”’»"
 WORD_BEGINNINGS = ("Ġ", "▁")  # how byte-level and sentencepiece vocabularies mark the space before a word
 RARE_SHARE_OF_VOCABULARY = 0.5
 CHUNK_TOKENS = 1_000_000
+PART_BYTES = 64_000_000  # rows are put in order in parts of so much, in larger ones where there would be too many
+MOST_PARTS = 1024
 FRACTION_BITS = 16
 
 # (first row, end) -> (rows, max_seq_length) token ids
 ReadRows = Callable[[int, int], np.ndarray]
+# Gets the part of the work, rows done since the last call, rows in all.
+OnProgress = Callable[[str, int, int | None], None]
 
 
 @dataclass
@@ -76,14 +82,16 @@ def order_rows(
     max_seq_length: int,
     tokenizer: PreTrainedTokenizerBase,
     arguments: OrderingArguments,
-    on_progress: Callable[[int], None] = lambda rows: None,
+    on_progress: OnProgress = lambda part, rows, total: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Write the rows of the file `source` into `target` in the order of their scores (see [`score_rows`]).
 
     Returns the order and the scores, each (N,): the row at place `i` of the target was row `order[i]` of the source
-    and has `scores[order[i]]`. Beside them memory holds one chunk of rows; `target` appears when it is complete and
-    may be `source`. Raises [`DataError`] where `source` does not hold whole rows.
+    and has `scores[order[i]]`. Files are read and written in sequence only: the rows are dealt into the parts of the
+    target where they belong, and each part is put in order in memory. Beside order and scores memory holds two such
+    parts, of 64 MB or a 1024th of the file; `target` appears when it is complete and may be `source`. Raises
+    [`DataError`] where `source` does not hold whole rows.
     """
     row_bytes = max_seq_length * np.dtype(dtype).itemsize
     num_rows, rest = divmod(source.stat().st_size, row_bytes)
@@ -95,7 +103,7 @@ def order_rows(
         count = (end - start) * max_seq_length
         return np.fromfile(source, dtype, count, offset=start * row_bytes).reshape(-1, max_seq_length)
 
-    scores = _score(num_rows, read, max_seq_length, tokenizer, arguments)
+    scores = _score(num_rows, read, max_seq_length, tokenizer, arguments, on_progress)
     order = sort_scores(scores, arguments)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -106,16 +114,43 @@ def order_rows(
     return order, scores
 
 
-def _copy_in_order(
-    source: Path, target: Path, order: np.ndarray, row_bytes: int, on_progress: Callable[[int], None]
-) -> None:
-    rows_at_once = max(1, CHUNK_TOKENS // row_bytes)
-    with open(source, "rb", buffering=0) as reader, open(target, "wb") as writer:
-        descriptor = reader.fileno()
-        for start in range(0, len(order), rows_at_once):
-            offsets = (order[start : start + rows_at_once] * row_bytes).tolist()
-            writer.write(b"".join([os.pread(descriptor, row_bytes, offset) for offset in offsets]))
-            on_progress(len(offsets))
+def _copy_in_order(source: Path, target: Path, order: np.ndarray, row_bytes: int, on_progress: OnProgress) -> None:
+    num_rows = len(order)
+    part_rows = max(1, PART_BYTES // row_bytes, -(-num_rows // MOST_PARTS))
+    part_of = np.empty(num_rows, dtype=np.uint16)  # of each row of the source
+    for part, start in enumerate(range(0, num_rows, part_rows)):
+        part_of[order[start : start + part_rows]] = part
+    next_row = np.arange(0, num_rows, part_rows)  # where each part is written on
+
+    with open(source, "rb", buffering=0) as reader, open(target, "w+b", buffering=0) as writer:
+        for start in range(0, num_rows, part_rows):
+            rows = _read_rows(reader, start, min(part_rows, num_rows - start), row_bytes)
+            parts = part_of[start : start + len(rows)]
+            rows = rows[np.argsort(parts, kind="stable")]
+            ends = np.cumsum(np.bincount(parts, minlength=len(next_row)))
+            for part, (first, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+                _write_rows(writer, int(next_row[part]), rows[first:end])
+                next_row[part] += end - first
+            on_progress("dealing", len(rows), num_rows)
+        for start in range(0, num_rows, part_rows):
+            places = order[start : start + part_rows]
+            # The rows of a part stand in it in the order of the source.
+            rank = np.empty(len(places), dtype=np.int64)
+            rank[np.argsort(places, kind="stable")] = np.arange(len(places))
+            _write_rows(writer, start, _read_rows(writer, start, len(places), row_bytes)[rank])
+            on_progress("placing", len(places), num_rows)
+
+
+def _read_rows(stream: BinaryIO, start: int, count: int, row_bytes: int) -> np.ndarray:
+    """Some rows as bytes, (count, row_bytes); no page of a map, which would count as this process's memory."""
+    stream.seek(start * row_bytes)
+    return np.fromfile(stream, np.uint8, count * row_bytes).reshape(count, row_bytes)
+
+
+def _write_rows(stream: BinaryIO, start: int, rows: np.ndarray) -> None:
+    if len(rows):
+        stream.seek(start * rows.shape[1])
+        rows.tofile(stream)
 
 
 def _score(
@@ -124,6 +159,7 @@ def _score(
     max_seq_length: int,
     tokenizer: PreTrainedTokenizerBase,
     arguments: OrderingArguments,
+    on_progress: OnProgress = lambda part, rows, total: None,
 ) -> np.ndarray:
     indices = np.arange(num_rows, dtype=np.uint64)
     if arguments.row_order == "none":
@@ -137,10 +173,15 @@ def _score(
         counts = np.zeros(len(tokenizer), dtype=np.int64)
         for start, end in spans:
             counts += np.bincount(read(start, end).ravel(), minlength=len(counts))
+            on_progress("counting", end - start, num_rows)
         measure = _measure_by_counts(arguments.row_order, counts)
     else:
         measure = _measure_by_texts(arguments.row_order, tokenizer)
-    return np.concatenate([measure(read(start, end)) for start, end in spans] or [np.zeros(0)])
+    scores = np.empty(num_rows)
+    for start, end in spans:
+        scores[start:end] = measure(read(start, end))
+        on_progress("scoring", end - start, num_rows)
+    return scores
 
 
 def _measure_by_counts(row_order: str, counts: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

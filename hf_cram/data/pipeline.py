@@ -82,21 +82,28 @@ def prepare_corpus(arguments: DataArguments) -> PreparedCorpus:
     rows as they are. Raises [`DataError`].
     """
     place = Place(open_cache(arguments), arguments.overwrite_cache, arguments.preprocessing_workers)
-    # A folder inside the data set is text: a published corpus is a data set of its own.
-    if arguments.dataset_name not in (None, INSTALLED_DOCS) and arguments.dataset_data_dir is None:
-        published = find_published_corpus(
-            str(arguments.dataset_name),
-            arguments.dataset_config_name,
-            arguments.dataset_revision,
-            arguments.text_column,
-        )
-        if published is not None:
-            return open_published(published, arguments, place)
+    published = published_corpus(arguments)
+    if published is not None:
+        return open_published(published, arguments, place)
     source = SourceText(TextSource(arguments, place.cache, arguments.overwrite_cache))
     text = deduplicate(source, arguments, place, arguments.token_limit)
     tokens = TokensStage(TokenizerStage(text, arguments, place), arguments, arguments)
     directory, from_cache = RowsStage(tokens, arguments, arguments).open()
-    return open_corpus(directory, arguments.max_seq_length, from_cache)
+    corpus = open_corpus(directory, arguments.max_seq_length, from_cache)
+    # The entry may have been made from the same text under other names.
+    counts = corpus.statistics["sources"].values()
+    corpus.statistics["sources"] = dict(zip(arguments.named_sources(), counts, strict=True))
+    return corpus
+
+
+def published_corpus(arguments: DataArguments) -> PublishedCorpus | None:
+    """The published corpus that the data set holds, `None` where it is a text. Raises [`DataError`]."""
+    # A folder inside the data set is text: a published corpus is a data set of its own.
+    if arguments.dataset_name in (None, INSTALLED_DOCS) or arguments.dataset_data_dir is not None:
+        return None
+    return find_published_corpus(
+        str(arguments.dataset_name), arguments.dataset_config_name, arguments.dataset_revision, arguments.text_column
+    )
 
 
 def open_published(published: PublishedCorpus, arguments: DataArguments, place: Place) -> PreparedCorpus:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -12,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import flush_to_disk
-from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
+from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, with_retries
 from .cache import MANIFEST_NAME, cached_entry
 from .data_card import build_data_card, draw_histogram
-from .errors import DataError
+from .errors import DataError, first_line
+from .languages import language_code
 from .ordering import OrderingArguments, score_rows
 from .packing import PackedRows
 from .published import (
@@ -29,12 +31,17 @@ from .published import (
     TOKENIZER_FOLDER,
     VERSION,
     VERSION_KEY,
+    read_description,
     row_settings,
+    sha256_of_file,
     without_folders,
 )
+from .text_files import progress_bar
 
 if TYPE_CHECKING:
     from .pipeline import PreparedCorpus
+
+logger = logging.getLogger(__name__)
 
 # Bytes of tokens in a file, and so in memory at a time.
 SHARD_BYTES = 256_000_000
@@ -46,16 +53,23 @@ HISTOGRAM_BINS = 50
 DATA_FOLDER = "data"
 LOADING_KEYS = ("is_local", "local_files_only", "name_or_path")
 PLACEHOLDER = "PATH_OR_REPOSITORY"
+EMPTY_REPOSITORY = {".gitattributes"}
 
 
 @dataclass
 class PublishArguments:
-    """Whether and how the prepared corpus goes to the Hub."""
+    """Whether and how the prepared corpus is handed on."""
 
     push_corpus_to_hub: str | None = field(
         default=None,
         metadata={
             "help": "NAME or OWNER/NAME of a data set on the Hub that takes the rows, the tokenizer and a card."
+        },
+    )
+    export_corpus_to: str | None = field(
+        default=None,
+        metadata={
+            "help": "A new or empty folder that takes the same files; --dataset_name FOLDER then trains from them."
         },
     )
     private_corpus: bool | None = field(
@@ -71,6 +85,11 @@ class PublishArguments:
     def __post_init__(self) -> None:
         if self.push_corpus_to_hub is not None:
             _check_repo_id(self.push_corpus_to_hub)
+        if self.export_corpus_to is not None:
+            folder = _export_folder(self.export_corpus_to)
+            if not os.path.isfile(folder / DESCRIPTION_NAME):  # of which corpus shows when the rows are there
+                _check_is_free(folder)
+        self.corpus_language = language_code(self.corpus_language)
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -81,13 +100,58 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def publish_if_asked(corpus: "PreparedCorpus", arguments: PublishArguments, data_arguments: Any) -> str | None:
-    """The address of the data set that the arguments ask for, after the push, or None. Raises [`DataError`]."""
+    """
+    Hand the corpus on as the arguments ask for; returns the address of the data set after a push, or None.
+
+    A folder that holds this corpus already is left as it is. Raises [`DataError`].
+    """
+    settings = row_settings(data_arguments)
+    language, license_name = arguments.corpus_language, arguments.corpus_license
+    if arguments.export_corpus_to is not None:
+        folder = _export_folder(arguments.export_corpus_to)
+        if not _holds_rows(folder, corpus):
+            export_corpus(corpus, folder, settings, language, license_name)
+        logger.info("The rows are in the folder %s: --dataset_name trains from it", folder)
     if arguments.push_corpus_to_hub is None:
         return None
     return publish_corpus(
-        corpus, arguments.push_corpus_to_hub, row_settings(data_arguments), arguments.private_corpus,
-        arguments.corpus_language, arguments.corpus_license,
-    )  # fmt: skip
+        corpus, arguments.push_corpus_to_hub, settings, arguments.private_corpus, language, license_name
+    )
+
+
+def _export_folder(name: str) -> Path:
+    if not name.strip():
+        raise DataError("export_corpus_to is empty: name a new or empty folder, or leave it out")
+    try:
+        return Path(name).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"export_corpus_to: {name} cannot be used ({first_line(error)})") from error
+
+
+def _check_is_free(folder: Path) -> None:
+    """Raises [`DataError`] for a folder that holds anything, for what is no folder, and where none can be made."""
+    try:
+        is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        place = next(path for path in folder.parents if path.exists())
+        is_writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be used ({error.strerror}): name another folder") from error
+    if not is_writable:
+        raise DataError(f"{folder} cannot be made in {place}: name another folder")
+    if not is_free:
+        raise DataError(f"{folder} is there already: name a new folder, or an empty one")
+
+
+def _holds_rows(folder: Path, corpus: "PreparedCorpus") -> bool:
+    """Whether the folder is an export of the same rows."""
+    try:
+        splits = read_description(folder / DESCRIPTION_NAME).get("splits")
+    except (OSError, ValueError, RecursionError):
+        return False
+    rows = {"train": corpus.train_dataset, "validation": corpus.eval_dataset}
+    return splits == {
+        name: {"rows": len(dataset), "sha256": sha256_of_file(dataset.path)} for name, dataset in rows.items()
+    }
 
 
 def publish_corpus(
@@ -103,11 +167,12 @@ def publish_corpus(
 
     The files are those of [`export_corpus`], parquet as `Dataset.push_to_hub` writes it, in one commit, so that nobody
     finds rows without their tokenizer; files of an earlier corpus go in the same commit. What the Hub has already is
-    not sent again. The token is that of HF_TOKEN or of `hf auth login`. Raises [`DataError`] in one line.
+    not sent again. A data set that holds anything but such a corpus stays as it is. The token is that of HF_TOKEN or of
+    `hf auth login`. Raises [`DataError`] in one line.
     """
     _check_repo_id(repo_id)
 
-    def exchange(action: Callable[[], str]) -> str:
+    def exchange(action: Callable[[], Result]) -> Result:
         return with_retries(
             action, lambda error: explain(error, repo_id, None, "push_corpus_to_hub"), RETRY_SECONDS, SILENCE_SECONDS
         )
@@ -121,6 +186,11 @@ def publish_corpus(
         full_name = exchange(
             lambda: HfApi().create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
         )
+        if exchange(lambda: _is_foreign(full_name)):
+            raise DataError(
+                f"the corpus is not pushed to {full_name}: that is a data set which hf_cram has not made, and it stays "
+                "as it is: name another push_corpus_to_hub"
+            )
         folder, _ = cached_entry(entry, write, overwrite=True)
         return exchange(lambda: _upload(folder, full_name))
     except HubError as error:
@@ -129,6 +199,18 @@ def publish_corpus(
         ) from error
     finally:
         shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_foreign(repo_id: str) -> bool:
+    """Whether the data set holds anything, and is no corpus of ours."""
+    files = set(HfApi().list_repo_files(repo_id, repo_type="dataset")) - EMPTY_REPOSITORY
+    if DESCRIPTION_NAME not in files:
+        return bool(files)
+    path = Path(hf_hub_download(repo_id, DESCRIPTION_NAME, repo_type="dataset"))
+    try:
+        return not read_description(path)
+    except (ValueError, RecursionError):
+        return True
 
 
 def _upload(folder: Path, repo_id: str) -> str:
@@ -153,14 +235,14 @@ def export_corpus(
     license_name: str | None = None,
 ) -> None:
     """
-    Write a corpus into the new folder `folder`, laid out like a Hub data set, which `load_dataset(folder)` reads.
+    Write a corpus into the new or empty folder `folder`, laid out like a Hub data set, which `load_dataset(folder)` reads.
 
     It holds `data/*.parquet` with one column `input_ids` in splits `train` and `validation`, `tokenizer/`, a card with
     a histogram, and `corpus.json` with all counts. `settings` are those of [`row_settings`]. Memory holds one file of
-    rows. The folder appears when it is whole. Raises [`DataError`] where it is there already or cannot be written.
+    rows. The folder appears when it is whole. Raises [`DataError`] where it holds anything or cannot be written.
     """
-    if folder.exists():
-        raise DataError(f"{folder} is there already: name a new folder")
+    folder = folder.absolute()
+    _check_is_free(folder)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         staged.mkdir(parents=True)
@@ -185,13 +267,13 @@ def _write_files(
     rows = {"train": corpus.train_dataset, "validation": corpus.eval_dataset}
     splits = {name: _write_split(dataset, name, folder / DATA_FOLDER) for name, dataset in rows.items()}
     _write_tokenizer(corpus, folder / TOKENIZER_FOLDER)
-    tokenizer_file = folder / TOKENIZER_FOLDER / "tokenizer.json"
+    tokenizer_files = sorted((folder / TOKENIZER_FOLDER).iterdir())
     description = {
         VERSION_KEY: VERSION,
         "max_seq_length": corpus.train_dataset.max_seq_length,
         "vocab_size": len(corpus.tokenizer),
         "dtype": corpus.train_dataset.dtype.name,
-        "tokenizer_sha256": hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
+        "tokenizer_files": {path.name: sha256_of_file(path) for path in tokenizer_files},
         "splits": splits,
         "settings": without_folders(settings),
         "statistics": without_folders(corpus.statistics),
@@ -216,10 +298,12 @@ def _write_split(rows: PackedRows, split: str, folder: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     rows_per_file = max(1, SHARD_BYTES // (rows.max_seq_length * rows.dtype.itemsize))
     files = math.ceil(len(rows) / rows_per_file)
-    for number in range(files):
-        start = number * rows_per_file
-        path = folder / f"{split}-{number:05d}-of-{files:05d}.parquet"
-        _write_file(rows, start, min(start + rows_per_file, len(rows)), path, digest)
+    with progress_bar(f"writing the rows of {split}", len(rows), "row") as bar:
+        for number in range(files):
+            start = number * rows_per_file
+            end = min(start + rows_per_file, len(rows))
+            _write_file(rows, start, end, folder / f"{split}-{number:05d}-of-{files:05d}.parquet", digest)
+            bar.update(end - start)
     return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -15,9 +16,10 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
-from .errors import DataError
+from .errors import DataError, first_line
 from .hub_datasets import fingerprint_folder
 from .packing import token_dtype
+from .text_files import progress_bar
 from .tokenization import load_tokenizer
 
 DESCRIPTION_NAME = "corpus.json"
@@ -48,13 +50,15 @@ def row_settings(arguments: Any) -> dict[str, Any]:
 
 
 def without_folders(value: Any) -> Any:
-    """Plain values with every local path cut to its last part, in keys and in texts."""
+    """Plain values with every local path cut to its last part, in keys and in texts, all of which UTF-8 can write."""
     if isinstance(value, Mapping):
         return {without_folders(key): without_folders(content) for key, content in value.items()}
     if isinstance(value, list | tuple):
         return [without_folders(content) for content in value]
+    if isinstance(value, str):
+        value = value.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be any bytes
     if isinstance(value, str) and "/" in value:
-        is_local = value.startswith(("/", "~")) or (len(value) < LONGEST_PATH and Path(value).exists())
+        is_local = value.startswith(("/", "~")) or (len(value) < LONGEST_PATH and os.path.exists(value))
         return Path(value).name if is_local else LOCAL_FOLDERS.sub("", value)
     return value
 
@@ -119,7 +123,8 @@ class PublishedCorpus:
     """
     A corpus in the folder `folder` of rows of equal length and their tokenizer; `identity` changes with its content.
 
-    The tokenizer lies in a folder `tokenizer` or beside the data. Raises [`DataError`] where it or any row is missing.
+    The tokenizer lies in a folder `tokenizer` or beside the data. Raises [`DataError`] where it or any row is missing, or
+    where it is not the one that was published.
     """
 
     def __init__(self, name: str, folder: Path, config_name: str | None, identity: str):
@@ -128,14 +133,16 @@ class PublishedCorpus:
         tokenizer = folder / TOKENIZER_FOLDER if (folder / TOKENIZER_FOLDER).is_dir() else folder
         if not (tokenizer / "tokenizer.json").is_file():
             raise self.error("its rows have no tokenizer beside them (tokenizer/tokenizer.json): add that of the rows")
+        for file, digest in self.description.get("tokenizer_files", {}).items():
+            if not (tokenizer / file).is_file() or sha256_of_file(tokenizer / file) != digest:
+                raise self.error(
+                    f"its tokenizer is not the one that was published with it ({file}): download or publish it again"
+                )
         self.tokenizer = load_tokenizer(tokenizer)
         first = next(self._columns("train"))[0].as_py()
         if not isinstance(first, list):
             raise self.error(f"{COLUMN} must hold lists of token ids, got {first!r} in the first row")
         self.max_seq_length = len(first)
-        digest = hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
-        if self.description.get("tokenizer_sha256", digest) != digest:
-            raise self.error("its tokenizer is not the one that was published with it: download or publish it again")
 
     def error(self, fault: str) -> DataError:
         """The fault as an error that names the data set."""
@@ -176,12 +183,13 @@ class PublishedCorpus:
         vocabulary, and for rows that are not those that were published.
         """
         counts = {split: self._write_split(split, folder / file) for split, file in SPLITS.items()}
-        statistics = self.description.get("statistics") or {
+        statistics = {
             "tokens": sum(counts.values()) * self.max_seq_length,
             "train_rows": counts["train"],
             "eval_rows": counts["validation"],
             "dropped": {},
             "steps": [],
+            **self.description.get("statistics", {}),
         }
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
@@ -189,16 +197,18 @@ class PublishedCorpus:
     def _write_split(self, split: str, path: Path) -> int:
         """Write the split's rows; returns how many."""
         dtype = token_dtype(len(self.tokenizer))
+        published = self.description.get("splits", {}).get(split)
         digest = hashlib.sha256()
         count = 0
-        with open(path, "wb") as stream:
+        bar = progress_bar(f"reading the rows of {split}", published and published["rows"], "row")
+        with open(path, "wb") as stream, bar:
             for column in self._columns(split):
                 rows = self._checked(column, f"split {split}, rows {count} to {count + len(column) - 1}")
                 content = rows.astype(dtype).tobytes()
                 digest.update(content)
                 stream.write(content)
                 count += len(column)
-        published = self.description.get("splits", {}).get(split)
+                bar.update(len(column))
         if published is not None and published != {"rows": count, "sha256": digest.hexdigest()}:
             raise self.error(
                 f"the {count} rows of split {split} are not the {published['rows']} that were published (SHA-256 "
@@ -221,7 +231,7 @@ class PublishedCorpus:
                     is_empty = False
                     yield column
         except (ValueError, OSError, RuntimeError, KeyError, pa.ArrowException, DatasetsError) as error:
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(f"{self.folder}/", "")
+            cause = first_line(error).replace(f"{self.folder}/", "")
             raise self.error(f"its split {split} cannot be read ({cause}): download or publish it again") from error
         if is_empty:
             raise self.error(f"its split {split} has no rows")
@@ -250,13 +260,27 @@ class PublishedCorpus:
     def _read_description(self) -> dict[str, Any]:
         """The content of `corpus.json`; empty where there is none of ours."""
         try:
-            description = json.loads((self.folder / DESCRIPTION_NAME).read_text(encoding="utf-8"))
+            description = read_description(self.folder / DESCRIPTION_NAME)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise self.error(f"its {DESCRIPTION_NAME} cannot be read ({error}): publish it again") from error
-        if not isinstance(description, dict) or VERSION_KEY not in description:
-            return {}
-        if description[VERSION_KEY] != VERSION:
+        if description and description[VERSION_KEY] != VERSION:
             raise self.error(f"it was published by another hf_cram (format {description[VERSION_KEY]}): update one")
+        parts = [description.get(name, {}) for name in ("settings", "statistics", "tokenizer_files", "splits")]
+        if not all(isinstance(part, dict) for part in parts) or not all(
+            isinstance(split, dict) and {"rows", "sha256"} <= split.keys() for split in parts[-1].values()
+        ):
+            raise self.error(f"its {DESCRIPTION_NAME} is not as hf_cram writes it: publish it again")
         return description
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The content of a `corpus.json`; empty where it is none of ours. Raises what reading and parsing raise."""
+    description = json.loads(path.read_text(encoding="utf-8"))
+    return description if isinstance(description, dict) and VERSION_KEY in description else {}
+
+
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,6 +6,7 @@ The recipe of one machine on many: tasks that datatrove's executors run, on this
 The rows are those of `hf_cram.data.pipeline`, to the byte, and training finds them in `cache_dir`.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from .scale_estimate import format_estimates
 from .scale_plan import ScalePlan, make_plan
 from .scale_shards import remove_unfinished
 
+logger = logging.getLogger(__name__)
+
 PROGRAM = "python -m hf_cram.data.scale"
+FEW_DOCUMENTS = 1000  # for a task
 
 
 def rows_folder(plan: ScalePlan) -> Path:
@@ -40,7 +44,14 @@ def run_plan(plan: ScalePlan, scale: ScaleArguments) -> PreparedCorpus | None:
         if not is_complete(rows):
             raise DataError(f"the rows have not come about, see {plan.folder / 'logs'}")
         remove_unfinished(plan.folder / "tokens")
-    return open_corpus(rows, plan.arguments.max_seq_length, from_cache=False)
+    corpus = open_corpus(rows, plan.arguments.max_seq_length, from_cache=False)
+    documents = sum(source["documents"] for source in corpus.statistics["sources"].values())
+    if documents < FEW_DOCUMENTS * plan.tasks:
+        logger.warning(
+            "%s documents are few for %d tasks, each of which takes seconds to start: fewer --tasks are faster",
+            f"{documents:,}", plan.tasks,
+        )  # fmt: skip
+    return corpus
 
 
 def _run_stages(plan: ScalePlan, scale: ScaleArguments) -> None:
@@ -70,8 +81,8 @@ def main(data: DataArguments, scale: ScaleArguments, publish: PublishArguments) 
         address = publish_if_asked(corpus, publish, data)
         if address is not None:
             print(f"published at {address}")
-    except (OSError, ValueError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+    except (MemoryError, OSError, ValueError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split()) or 'memory ran out'}", file=sys.stderr)
         return 1
     return 0
 

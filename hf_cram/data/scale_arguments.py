@@ -28,7 +28,8 @@ class ScaleArguments(EstimateArguments):
         default=None, metadata={"help": "Address of the Ray cluster; default: the one `ray start` has begun here."}
     )
     ray_task_seconds: int | None = field(
-        default=None, metadata={"help": "On Ray: a task that has taken so long is ended and begun anew."}
+        default=None,
+        metadata={"help": "On Ray: of tasks side by side, one that has taken so long is ended and begun anew."},
     )
     slurm_partition: str | None = field(default=None, metadata={"help": "Slurm's partition."})
     slurm_time: str = field(default="24:00:00", metadata={"help": "Slurm's limit for each task."})

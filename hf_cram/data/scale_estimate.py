@@ -10,8 +10,10 @@ UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
 TOKEN_BYTES = 2  # of vocabularies up to 65536
 # Measured: a task, packing (of each document), ordering (of each row).
 TASK_MEMORY_BYTES = 0.4e9
-PACK_BYTES_OF_DOCUMENT = 81
-ORDER_BYTES_OF_ROW = 24
+PACK_BYTES_OF_DOCUMENT = 73
+ORDER_BYTES_OF_ROW = 28
+# Rows are read to count tokens and to score, and read and written to deal them into parts and to place them there.
+ORDER_PASSES = 6
 
 
 @dataclass
@@ -27,13 +29,10 @@ class EstimateArguments:
     disk_rate: float = field(
         default=500.0, metadata={"help": "MB/s at which one process reads and writes files, for the estimate."}
     )
-    row_read_microseconds: float = field(
-        default=100.0, metadata={"help": "To read one row somewhere in a file beyond the memory, for the estimate."}
-    )
     document_bytes: float = field(default=2200.0, metadata={"help": "Mean document, for the estimate; C4's is 2200."})
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "cores", "rate", "disk_rate", "row_read_microseconds", "document_bytes"):
+        for name in ("nodes", "cores", "rate", "disk_rate", "document_bytes"):
             if not getattr(self, name) > 0:
                 raise DataError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.estimate is not None:
@@ -68,8 +67,8 @@ def estimate(num_bytes: float, arguments: EstimateArguments, row_tokens: int) ->
     What `num_bytes` of text take. Nothing is taken off for filters, which only make it less.
 
     Side by side: filtering and tokenizing. One process: it reads the text once to know its content, and reads the
-    tokens and writes the rows. Ordering reads the rows one by one. The disk holds tokens, rows, and the rows once more
-    while they are ordered.
+    tokens and writes the rows. Ordering reads the rows four times and writes them twice, in sequence. The disk holds
+    tokens, rows, and the rows once more while they are ordered.
     """
     a = arguments
     token_bytes = num_bytes / CHARACTERS_PER_TOKEN * TOKEN_BYTES
@@ -77,7 +76,7 @@ def estimate(num_bytes: float, arguments: EstimateArguments, row_tokens: int) ->
     return Estimate(
         parallel_hours=num_bytes / (a.nodes * a.cores * a.rate * 1e6) / 3600,
         alone_hours=(num_bytes + 2 * token_bytes) / (a.disk_rate * 1e6) / 3600,
-        order_hours=rows * a.row_read_microseconds / 1e6 / 3600,
+        order_hours=ORDER_PASSES * token_bytes / (a.disk_rate * 1e6) / 3600,
         node_memory=a.cores * TASK_MEMORY_BYTES,
         rows_memory=max(PACK_BYTES_OF_DOCUMENT * num_bytes / a.document_bytes, ORDER_BYTES_OF_ROW * rows),
         disk=3 * token_bytes,

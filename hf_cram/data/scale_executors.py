@@ -129,7 +129,8 @@ def run_on_ray(plan: ScalePlan, arguments: ScaleArguments) -> None:
                 logging_dir=_logs(plan, stage),
                 skip_completed=not stage.always,
                 mem_per_cpu_gb=stage.memory_gb,
-                time=arguments.ray_task_seconds,
+                # A task that runs alone takes as long as the whole text does, not as a part of it.
+                time=arguments.ray_task_seconds if stage.tasks > 1 else None,
             )
             _run_whole(executor, _logs(plan, stage))
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 from .errors import DataError, SkipReport
 from .pipeline import DataArguments, open_cache
 from .scale_shards import JoinedShards, sum_of_steps, task_seconds
-from .source_arguments import MixedSource
+from .source_arguments import INSTALLED_DOCS, MixedSource
 from .sources import TextSource
 from .stages import RowsStage, TokenizerStage, TokensStage
 from .steps import StepRecord, read_steps
@@ -113,25 +113,27 @@ def make_plan(arguments: DataArguments, tasks: int) -> ScalePlan:
 def _with_absolute_places(arguments: DataArguments) -> DataArguments:
     """The same recipe for processes that start in other folders."""
 
-    def absolute(places: list[str] | None) -> list[str] | None:
-        return None if places is None else [str(Path(place).expanduser().absolute()) for place in places]
+    def absolute(name: str) -> str:
+        return str(Path(name).expanduser().absolute())
+
+    def with_absolute(places: dict[str, Any]) -> dict[str, Any]:
+        files, dataset = places.get("train_files"), places.get("dataset_name")
+        is_folder = dataset not in (None, INSTALLED_DOCS) and Path(str(dataset)).is_dir()
+        return {
+            **places,
+            "train_files": None if files is None else [absolute(file) for file in files],
+            "dataset_name": absolute(str(dataset)) if is_folder else dataset,
+        }
 
     sources = arguments.sources
     if isinstance(sources, dict):
-        sources = {
-            name: {**source, "train_files": absolute(source.get("train_files"))} for name, source in sources.items()
-        }
+        sources = {name: with_absolute(source) for name, source in sources.items()}
+    own = with_absolute({name: getattr(arguments, name) for name in ("train_files", "dataset_name")})
     tokenizer = arguments.tokenizer_name
     if tokenizer is not None and Path(tokenizer).exists():
-        tokenizer = str(Path(tokenizer).absolute())
-    cache = str(Path(str(arguments.cache_dir)).expanduser().absolute())
-    return replace(
-        arguments,
-        cache_dir=cache,
-        train_files=absolute(arguments.train_files),
-        sources=sources,
-        tokenizer_name=tokenizer,
-    )
+        tokenizer = absolute(tokenizer)
+    cache = absolute(str(arguments.cache_dir))
+    return replace(arguments, cache_dir=cache, sources=sources, tokenizer_name=tokenizer, **own)
 
 
 def cut_by_size(sizes: list[int], parts: int) -> list[slice]:

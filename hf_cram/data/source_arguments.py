@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from .errors import DataError, nearest
+from .languages import language_code
 
 INSTALLED_DOCS = "installed-docs"
 
@@ -20,7 +21,7 @@ class SourceSettings:
         default=None,
         metadata={
             "help": "A Hub data set, a folder laid out like one, or 'installed-docs' (default): the prose of the "
-            "documentation of every installed package."
+            "documentation of Python's library and of every installed package."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
@@ -42,6 +43,15 @@ class SourceSettings:
     max_document_characters: int = field(default=10_000_000, metadata={"help": "Skip longer documents."})
 
     def __post_init__(self) -> None:
+        if self.dataset_name is not None and not self.dataset_name.strip():
+            raise DataError("dataset_name is empty: name a data set or a folder, or leave it out")
+        if isinstance(self.train_files, str):
+            self.train_files = [self.train_files]
+        if self.train_files is not None and not (self.train_files and all(name.strip() for name in self.train_files)):
+            raise DataError(
+                "train_files is empty or holds an empty name: name files, folders or globs, or leave it out"
+            )
+        self.dataset_config_name = language_code(self.dataset_config_name)
         if self.dataset_name is not None and self.train_files:
             raise DataError(
                 "dataset_name and train_files are both set: name one source of text, or a mix with sources"
@@ -124,7 +134,14 @@ class SourceArguments(SourceSettings):
     def hub_names(self) -> list[str]:
         """The data sets of the text that are on the Hub, for cards."""
         names = [source.dataset_name for source in self.named_sources().values()]
-        return [name for name in names if name not in (None, INSTALLED_DOCS) and not Path(str(name)).exists()]
+        return [name for name in names if name not in (None, INSTALLED_DOCS) and not _is_there(str(name))]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # closed to us, or too long for a path
+        return True
 
 
 def _mixed_source(name: str, values: Any, common: dict[str, Any]) -> MixedSource:
@@ -163,5 +180,7 @@ def _convert(place: str, annotation: Any, value: Any) -> Any:
         good = isinstance(value, list) and all(isinstance(item, str) for item in value)
     if not good:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        if kind is str and isinstance(value, bool):
+            words[str] = "text (in quotes, since YAML takes a bare yes, no, on or off for true or false)"
         raise DataError(f"{place} must be {words.get(kind, 'a list of texts')}, got {value!r}")
     return value

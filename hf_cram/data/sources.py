@@ -18,7 +18,7 @@ from .hub_datasets import count_rows, fingerprint_hub_dataset, load_hub_dataset,
 from .installed_docs import fingerprint_installed, read_installed_docs
 from .mixing import MixedStream, mix_streams
 from .source_arguments import INSTALLED_DOCS, MixedSource, SourceArguments
-from .text_files import ReadProgress, expand_files, fingerprint_files, read_files
+from .text_files import ReadProgress, expand_files, fingerprint_files, read_files, size_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,11 @@ class _OpenSource:
         self.text_column = settings.text_column
         self.progress = ReadProgress()
         self._files: list[Path] = []
+        self._stamps: list[tuple[int, int] | None] = []
         self._dataset: Any = None
         if settings.train_files:
             self._files = expand_files(settings.train_files)
+            self._stamps = [_stamp(file) for file in self._files]
             content = fingerprint_files(self._files)
         elif settings.dataset_name in (None, INSTALLED_DOCS):
             content = fingerprint_installed()
@@ -65,7 +67,9 @@ class _OpenSource:
         self.progress = ReadProgress(None if size is None else size * s.max_passes)
         for number in range(s.max_passes):
             self.progress.before, self.progress.position = number * (size or 0), 0
+            self._check_unchanged()
             yield from itertools.islice(self._read(SkipReport() if number else report), s.max_documents)
+            self._check_unchanged()
 
     def estimate_characters(self, drawn: MixedStream) -> float | None:
         """Characters of all passes, from those drawn so far; `None` where nothing tells."""
@@ -75,8 +79,14 @@ class _OpenSource:
     def _size(self) -> int | None:
         """Bytes of files, rows of a data set, `None` for a stream that does not say."""
         if self._files:
-            return sum(file.stat().st_size for file in self._files)
+            return size_of_files(self._files)
         return count_rows(self._dataset, self.settings.dataset_split)
+
+    def _check_unchanged(self) -> None:
+        """Raises [`DataError`] where a file is another one than when its content was hashed, by which rows are kept."""
+        for file, stamp in zip(self._files, self._stamps, strict=False):
+            if _stamp(file) != stamp:
+                raise DataError(f"{file}: it has changed since this run began: start again when it is complete")
 
     def _read(self, report: SkipReport) -> Iterator[str]:
         s = self.settings
@@ -161,6 +171,15 @@ class TextSource:
                 "Source %r has ended after %s documents: the others go on with their relative weights "
                 "(max_passes repeats it)", stream.name, f"{stream.num_documents:,}",
             )  # fmt: skip
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Size and time of the last change; `None` where it cannot be looked at, which its reader tells."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _cached_documentation(entry: Path, overwrite: bool) -> Path:

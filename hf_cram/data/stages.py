@@ -1,6 +1,7 @@
 """The steps from text to rows, each a cache entry that is known by all that goes into it."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from .texts import CHARACTERS_FOR_A_TOKEN, FORMAT_VERSION, Place, Text, hash_of
 from .token_shards import SHARD_CHARACTERS, TokenShards, write_token_shards
 from .tokenization import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 from .tokenizing import TokenizingSettings, available_workers, plain_text_tokenizer
+
+logger = logging.getLogger(__name__)
 
 HISTOGRAM_BINS = 50
 STATISTICS_NAME = "statistics.json"
@@ -150,12 +153,20 @@ class TokensStage:
 
     def open(self) -> tuple[TokenShards, list[StepRecord]]:
         """The shards, made where they are missing, and what they cost."""
-        entry, _ = cached_entry(self._entry, self._write, self.place.overwrite)
+        entry, _ = cached_entry(self._entry, self._write, self.place.overwrite, self._remove_unfinished)
         return TokenShards(entry / "shards", self._settings.dtype), read_steps(entry)
 
     @property
     def _entry(self) -> Path:
         return self.place.cache / "tokens" / self.key
+
+    @property
+    def _unfinished(self) -> Path:
+        """Beside the entry: what is whole in it outlives an interruption, and nobody takes it for the entry."""
+        return self._entry.with_name(f"{self.key}.unfinished")
+
+    def _remove_unfinished(self) -> None:
+        shutil.rmtree(self._unfinished, ignore_errors=True)
 
     @cached_property
     def _settings(self) -> TokenizingSettings:
@@ -166,15 +177,13 @@ class TokensStage:
 
     def _write(self, folder: Path) -> None:
         settings, record = self._settings, StepRecord("filter and tokenize")
-        # Beside the entry: what is whole in it outlives an interruption, and nobody takes it for the entry.
-        unfinished = self._entry.with_name(f"{self.key}.unfinished")
         if self.place.overwrite:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            self._remove_unfinished()
         with measured_step(record, estimate_total=lambda: self.text.estimated_characters) as advance:
             shards = write_token_shards(
                 self.text.documents(self._count_tokens if self.counts_source_tokens else None),
                 settings,
-                unfinished,
+                self._unfinished,
                 lambda: {"skipped": dict(self.text.report.counts), "sources": self.text.counts},
                 available_workers(self.place.workers),
                 self.token_limit,
@@ -185,10 +194,30 @@ class TokensStage:
         record.characters_in, record.characters_out = shards.total("characters_in"), shards.total("characters")
         record.tokens_out = shards.num_tokens
         write_steps(folder, [record])
-        os.rename(unfinished, folder / "shards")
+        self._warn_of_too_few(shards.num_tokens)
+        # In both places until the entry is in its own: a process that dies before loses no shard.
+        shutil.copytree(self._unfinished, folder / "shards", copy_function=_link_or_copy)
+
+    def _warn_of_too_few(self, num_tokens: int) -> None:
+        """Deduplication reads a limited text only so far: say so where that was not far enough."""
+        if self.token_limit is None or num_tokens >= self.token_limit or not self.text.steps:
+            return
+        if (self.text.steps[0].characters_in or 0) >= CHARACTERS_FOR_A_TOKEN * self.token_limit:
+            logger.warning(
+                "%s tokens are left of the %s asked for: deduplication and filters have taken the rest of the %d "
+                "characters read for each; a larger max_train_tokens reads more", f"{num_tokens:,}",
+                f"{self.token_limit:,}", CHARACTERS_FOR_A_TOKEN,
+            )  # fmt: skip
 
     def _count_tokens(self, text: str) -> int:
         return len(self._settings.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 class RowsStage:
@@ -246,8 +275,8 @@ class RowsStage:
         """Put the training rows into their order; returns the order's settings and a histogram of the scores."""
         rows, length = folder / "train.bin", self.packing.max_seq_length
         record = StepRecord("order")
-        with measured_step(record, "row", rows.stat().st_size // (length * dtype.itemsize)) as advance:
-            order, scores = order_rows(rows, rows, dtype, length, tokenizer, self.ordering, advance)
+        with measured_step(record, "row") as bar:
+            order, scores = order_rows(rows, rows, dtype, length, tokenizer, self.ordering, bar.show_part)
         record.tokens_in = record.tokens_out = len(order) * length
         steps.append(record)
         np.save(folder / "row_order.npy", order)

@@ -20,7 +20,7 @@ from .steps import StepRecord, measured_step, read_steps, write_steps
 from .substring_deduplication import SubstringReport, remove_repeated_substrings
 from .text_files import read_files
 
-FORMAT_VERSION = 2  # raise it whenever the same inputs give other files
+FORMAT_VERSION = 3  # raise it whenever the same inputs give other files
 # With a limit of tokens, deduplication and the training of a tokenizer read so many characters for each: English has 4
 # to 5 a token, and the rest is for what they and the filters leave out.
 CHARACTERS_FOR_A_TOKEN = 8
@@ -170,6 +170,7 @@ class WithoutRepeatedSubstrings:
         self.memory_mb = memory_mb
         self.place = place
         self.identity = hash_of(FORMAT_VERSION, text.identity, "repeated substrings", min_bytes)
+        self._first_places: dict[str, str] = {}
 
     @cached_property
     def _entry(self) -> Path:
@@ -187,10 +188,10 @@ class WithoutRepeatedSubstrings:
         history = {
             "counts": self.text.counts,
             "skipped": skips.counts,
-            "first_places": skips.first_places,
             "removed": {**self.text.removed, "repeated_substrings": asdict(report)},
         }
         (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
+        self._first_places = skips.first_places  # not kept: the same text may lie elsewhere next time
         write_steps(folder, [*earlier_steps, record])
 
     @cached_property
@@ -201,7 +202,7 @@ class WithoutRepeatedSubstrings:
     def report(self) -> SkipReport:
         report = SkipReport()
         report.counts.update(self._history["skipped"])
-        report.first_places.update(self._history["first_places"])
+        report.first_places.update(self._first_places)
         return report
 
     @property

@@ -63,7 +63,10 @@ class ShardSummary:
 
 
 class TokenShards:
-    """The whole shards of a folder, in order. Raises `OSError` where one cannot be read."""
+    """
+    The whole shards of a folder, in order; the samples of their summaries stay on the disk. Raises `OSError` where one
+    cannot be read.
+    """
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self.folder = folder
@@ -83,6 +86,7 @@ class TokenShards:
         except (OSError, ValueError, TypeError):
             return None
         expected = [summary.tokens * self.dtype.itemsize, summary.documents * DOCUMENT_RECORD.itemsize]
+        summary.samples = {}
         return summary if sizes == expected else None
 
     @property
@@ -109,10 +113,11 @@ class TokenShards:
         return dict(sorted((Counter(skipped) + Counter(self.dropped())).items()))
 
     def samples(self, limit: int) -> DroppedSamples:
-        """Up to `limit` dropped documents for each reason."""
+        """Up to `limit` dropped documents for each reason; those of one shard are in memory at a time."""
         samples = DroppedSamples(limit)
-        for summary in self.summaries:
-            samples.merge(DroppedSamples(limit, summary.samples))
+        for index in range(len(self.summaries) if limit else 0):
+            summary = json.loads(self._path(index, ".json").read_text(encoding="utf-8"))
+            samples.merge(DroppedSamples(limit, summary["samples"]))
         return samples
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
@@ -156,6 +161,7 @@ class TokenShards:
                 stream.flush()
                 os.fsync(stream.fileno())
         write_json_atomically(self._path(index, ".json"), asdict(summary))
+        summary.samples = {}
         self.summaries.append(summary)
 
 

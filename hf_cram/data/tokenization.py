@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import DataError
+from .errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ CONTINUATION = "##"
 NON_ASCII = r"[^\x00-\x7f]"
 WORD_CHARACTERS = string.ascii_lowercase + string.digits
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(WORD_CHARACTERS) * 2 + len(string.punctuation)
+SMALLEST_ALPHABET = 3  # ordinary tokens of a tokenizer that can read anything
 
 
 def _untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
@@ -84,13 +85,27 @@ def train_tokenizer(
     )
 
 
+def read_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Any tokenizer, of a folder or of the Hub. Raises [`DataError`] where its files are missing or damaged."""
+    name = str(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # what tokenizers raises for a damaged file is of no narrower class
+        cause = first_line(error)
+        if not isinstance(error, OSError | ValueError):
+            cause = f"its files are damaged ({type(error).__name__}: {cause})"
+        elif cause.startswith("Couldn't instantiate the backend tokenizer"):  # the head of a list of what was tried
+            cause = "it has neither a tokenizer.json nor another vocabulary"
+        raise DataError(f"tokenizer {name!r} cannot be loaded: {cause}") from error
+    # Without the file of the vocabulary, transformers makes a tokenizer of the special tokens alone.
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < SMALLEST_ALPHABET:
+        raise DataError(f"tokenizer {name!r} cannot be loaded: its vocabulary is empty, or the file of it is missing")
+    return tokenizer
+
+
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """Any fast tokenizer with mask, padding and separator tokens. Raises [`DataError`] where it lacks one."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise DataError(f"tokenizer {str(name_or_path)!r} cannot be loaded: {cause}") from error
+    tokenizer = read_tokenizer(name_or_path)
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer {str(name_or_path)!r} has no fast version, which packing needs")
     for name in ("mask_token", "pad_token"):

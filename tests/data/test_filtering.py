@@ -249,6 +249,7 @@ def test_any_characters_give_a_reason_or_none(document):
         ({"drop_below_characters": 10, "drop_above_characters": 5}, "leave no document"),
         ({"drop_below_characters": -1}, "leave no document"),
         ({"drop_above_characters": 0}, "leave no document"),
+        ({"keep_language": "False"}, "got 'no'"),
         ({"keep_language": "ru"}, "or a script .*cyrillic"),
         ({"sample_dropped": -1}, "sample_dropped must be at least 0"),
     ],

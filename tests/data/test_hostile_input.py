@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer
 
 from hf_cram.data import tokenizing
-from hf_cram.data.cache import cached_entry
+from hf_cram.data.cache import cached_entry, hash_of
 from hf_cram.data.errors import DataError, SkipReport
 from hf_cram.data.filtering import FilterArguments
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
+from hf_cram.data.sources import TextSource
 from hf_cram.data.text_files import expand_files, read_files
 from hf_cram.data.tokenization import train_tokenizer
 from hf_cram.data.tokenizing import (
@@ -61,6 +63,55 @@ def test_invalid_utf8_in_parquet_skips_one_document(tmp_path):
 def test_half_a_surrogate_pair_skips_one_document(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800"}\n{"text": "whole \\ud83d\\ude00"}\n')
     assert read(tmp_path / "a.jsonl") == (["whole \U0001f600"], {"not valid UTF-8": 1})
+
+
+def test_brackets_without_end_skip_one_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": ' + "[" * 100_000 + '\n{"text": "better"}\n')
+    assert read(tmp_path / "a.jsonl") == (["good", "better"], {"not valid JSON": 1})
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_damaged_parquet_is_one_line_or_is_read(tmp_path, compression):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"document {index} of some" for index in range(99)], "n": list(range(99))})
+    pq.write_table(table, path, compression=compression, store_schema=False)
+    content, rng = path.read_bytes(), np.random.default_rng(2)
+    errors = []
+    for place in rng.integers(len(content) - 600, len(content), 400):
+        damaged = bytearray(content)
+        damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read(path)
+        except DataError as error:
+            errors.append(str(error))
+    assert errors
+    assert "\n" not in "".join(errors)
+    path.write_bytes(content.replace(b"text", b"te\xfft"))
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read"):
+        read(path)
+
+
+def test_column_names_in_an_error_are_one_short_line(tmp_path):
+    (tmp_path / "a.csv").write_text('"my\ntexts",' + ",".join(f"column{index}" for index in range(900)) + "\nx\n")
+    with pytest.raises(DataError, match=r"columns: my texts, column0, .*, column18, \.\.\.\)") as caught:
+        read(tmp_path / "a.csv")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"key" * 10_000: 1}) + "\n")
+    with pytest.raises(DataError, match="no column 'text'") as caught:
+        read(tmp_path / "a.jsonl")
+    assert len(str(caught.value)) < 300
+
+
+def test_a_small_file_that_is_large_when_decompressed_is_read_in_bounded_memory(tmp_path):
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"a" * 150_000_000 + b"\nlast\n"))
+    tracemalloc.start()
+    documents, skipped = read(tmp_path / "a.txt.zst", max_document_characters=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert documents == ["last"]
+    assert skipped == {"longer than the limit (max_document_characters)": 1}
+    assert peak < 100e6
 
 
 def test_escapes_do_not_make_a_document_too_long(tmp_path):
@@ -144,6 +195,41 @@ def test_local_dataset_is_known_by_its_content(tmp_path):
     assert not prepare_corpus(settings).from_cache
 
 
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(DOCUMENTS))
+    settings = arguments(tmp_path, train_files=[str(path)])
+    documents = TextSource(settings, tmp_path).documents()
+    next(documents)
+    with open(path, "a") as stream:
+        stream.write("\none more\n")
+    with pytest.raises(DataError, match=r"text\.txt: it has changed since this run began"):
+        list(documents)
+    source = TextSource(settings, tmp_path)
+    path.write_text("replaced")
+    with pytest.raises(DataError, match="has changed"):
+        next(source.documents())
+
+
+def test_cached_skips_do_not_name_where_the_text_once_was(tmp_path, caplog):
+    warnings = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jsonl").write_text(
+            "nonsense\n" + "".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS)
+        )
+        files = [str(tmp_path / name / f"{name}.jsonl")]
+        caplog.clear()
+        prepare_corpus(
+            arguments(tmp_path, train_files=files, dedup_substring_bytes=500, drop_below_characters=1 + len(warnings))
+        )
+        (warning,) = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+        warnings.append(warning)
+    assert warnings[0].startswith("1 documents skipped: not valid JSON (first: ")
+    assert warnings[0].endswith("first.jsonl:1)")
+    assert warnings[1] == "1 documents skipped: not valid JSON"
+
+
 def test_text_without_a_usable_document_says_why(tmp_path):
     (tmp_path / "set").mkdir()
     pq.write_table(pa.table({"text": list(range(50))}), tmp_path / "set/train.parquet")
@@ -152,8 +238,9 @@ def test_text_without_a_usable_document_says_why(tmp_path):
 
 
 def test_leftovers_of_killed_processes_go_whatever_their_key(tmp_path):
-    (tmp_path / ".old.123").mkdir()
-    (tmp_path / ".old.123/tokens.tmp").write_bytes(b"x")
+    leftover = tmp_path / f".{hash_of('old')}.123"
+    leftover.mkdir()
+    (leftover / "tokens.tmp").write_bytes(b"x")
     cached_entry(tmp_path / "new", lambda folder: (folder / "a").write_text("a") and None, overwrite=False)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["new"]
 

@@ -1,10 +1,11 @@
 """The documentation of installed packages as text."""
 
 import csv
+import sysconfig
 
 import pytest
 
-from hf_cram.data import sources
+from hf_cram.data import installed_docs, sources
 from hf_cram.data.installed_docs import (
     fingerprint_installed,
     module_paragraphs,
@@ -81,6 +82,79 @@ def test_prose_is_kept_and_the_rest_is_dropped():
         "Short summary of what it does.",
         "The first of the values to use.",
     ]
+
+
+UNUSUAL = """
+:class:`Door` is the class of all doors and begins a line with its role, as does
+:func:`open`, which is called with open() and gives nothing back.
+
+.. note:: The key is turned twice
+   before the door opens.
+
+.. code:: The door is not opened by any code of this kind.
+
+hinge (`str`, *optional*):
+    The side of the door on which it hangs.
+key (`Key`):
+    The key that fits the lock of the door.
+"""
+
+
+def test_roles_calls_admonitions_and_descriptions_without_a_section():
+    assert prose_paragraphs(UNUSUAL) == [
+        "Door is the class of all doors and begins a line with its role, as does open, which is called with open() and "
+        "gives nothing back.",
+        "The key is turned twice before the door opens.",
+        "The side of the door on which it hangs.",
+        "The key that fits the lock of the door.",
+    ]
+    assert prose_paragraphs("The door \ud83d has half a character in its description.") == []
+    assert prose_paragraphs("door (`str`): a thing\nx = door(key)") == []
+
+
+ATTRIBUTES = '''
+"""The documentation of the module comes first."""
+limit = 3
+"""The number of doors that may be open at a time."""
+
+class House:
+    doors: int = 2
+    """The number of doors that the house was built with."""
+    "x"
+
+parser.add_argument("--doors", help="The number of doors that are painted.", type=int)
+parser.add_argument("--keys", help=f"The number of {keys} that fit the lock of the door.")
+columns = {"colour": {"description": "The colour of the door after it was painted.", "kind": "No text for a reader."}}
+'''
+
+
+def test_attributes_and_help_texts(tmp_path):
+    (tmp_path / "module.py").write_text(ATTRIBUTES)
+    assert sorted(module_paragraphs(tmp_path / "module.py")) == [
+        "The colour of the door after it was painted.",
+        "The documentation of the module comes first.",
+        "The number of doors that are painted.",
+        "The number of doors that may be open at a time.",
+        "The number of doors that the house was built with.",
+    ]
+
+
+def test_pythons_own_library_is_read_without_what_lies_in_it(tmp_path, monkeypatch):
+    for name in ("argparse", "email/message", "test/test_email", "site-packages/other", "idlelib/run"):
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'"""The module {name} has documentation of its own."""')
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(installed_docs, "_distributions", lambda search_paths: [])
+    assert source_files() == [("python", tmp_path / "argparse.py"), ("python", tmp_path / "email" / "message.py")]
+    assert list(read_installed_docs(show_progress=False)) == [
+        "The module argparse has documentation of its own.",
+        "The module email/message has documentation of its own.",
+    ]
+    before = fingerprint_installed()
+    assert fingerprint_installed() == before
+    (tmp_path / "argparse.py").write_text("")
+    assert fingerprint_installed() != before
 
 
 COMPILED = """

@@ -136,6 +136,35 @@ def test_bytes_do_not_depend_on_the_size_of_the_chunks(wordpiece, tmp_path, monk
     assert len(set(results)) == 1
 
 
+@pytest.mark.parametrize(("part_rows", "most_parts"), [(1, 1024), (7, 1024), (1, 3), (299, 1024), (300, 1024)])
+def test_parts_of_any_size_give_the_same_file_and_are_read_in_sequence(
+    wordpiece, tmp_path, monkeypatch, part_rows, most_parts
+):
+    rows, reads = random_rows(wordpiece), []
+    read_rows = ordering._read_rows
+
+    def note(stream, start, count, row_bytes):
+        reads.append((start, count))
+        return read_rows(stream, start, count, row_bytes)
+
+    monkeypatch.setattr(ordering, "PART_BYTES", part_rows * LENGTH * 2 + 1)
+    monkeypatch.setattr(ordering, "MOST_PARTS", most_parts)
+    monkeypatch.setattr(ordering, "_read_rows", note)
+    progress = []
+    rows.tofile(tmp_path / "a.bin")
+    order, _ = order_rows(
+        tmp_path / "a.bin", tmp_path / "b.bin", rows.dtype, LENGTH, wordpiece, OrderingArguments("unigram", True),
+        lambda part, count, total: progress.append((part, count, total)),
+    )  # fmt: skip
+    assert (tmp_path / "b.bin").read_bytes() == rows[order].tobytes()
+    parts = -(-300 // max(part_rows, -(-300 // most_parts)))
+    assert len(reads) == 2 * parts
+    assert [start for start, _ in reads[:parts]] == sorted(start for start, _ in reads[parts:])
+    for part in ("counting", "scoring", "dealing", "placing"):
+        assert sum(count for name, count, total in progress if name == part) == 300
+    assert {total for *_, total in progress} == {300}
+
+
 def test_a_file_may_be_ordered_in_its_place_and_a_failure_leaves_it_alone(wordpiece, tmp_path, monkeypatch):
     rows = random_rows(wordpiece)
     path = tmp_path / "train.bin"

@@ -107,7 +107,41 @@ def test_equal_documents_land_on_one_side(wordpiece, tmp_path):
     is_eval, order = choose_eval_documents(lengths, keys, 8, 2)
     assert 0 < is_eval.sum() < 20
     assert not set(keys[is_eval]) & set(keys[~is_eval])
-    assert sorted(order) == np.flatnonzero(is_eval).tolist()
+    assert sorted(order) == np.flatnonzero(is_eval)[::2].tolist()  # of both copies the first
+
+
+def test_copies_of_a_held_out_document_are_read_once_and_never_trained_on(wordpiece, tmp_path):
+    kinds = make_documents(400)
+    documents = [*kinds, *kinds[::-1], *kinds]
+    statistics, train, held_out, _ = pack(documents, wordpiece, tmp_path, length=8, eval_rows=20)
+    flat, chosen = held_out.ravel().tolist(), []
+    encoded = [encode(kind, wordpiece) for kind in kinds]
+    while len(chosen) < statistics["eval_documents"]:
+        position = sum(len(encoded[index]) for index in chosen)
+        rest = flat[position:]
+        (found,) = [
+            i for i, tokens in enumerate(encoded) if i not in chosen and tokens[: len(rest)] == rest[: len(tokens)]
+        ]
+        chosen.append(found)
+    left = [token for text in documents if kinds.index(text) not in chosen for token in encode(text, wordpiece)]
+    assert train.ravel().tolist() == left[: train.size]
+    assert len(left) - train.size < 8
+    assert len(held_out) == 20
+
+
+def test_a_corpus_of_copies_keeps_nearly_all_of_its_text_for_training(wordpiece, tmp_path):
+    kinds = make_documents(200)
+    statistics, train, held_out, _ = pack(kinds * 10, wordpiece, tmp_path / "a", length=8, eval_rows=10_000)
+    assert train.size > 0.93 * statistics["tokens"]
+    assert len(held_out) >= 1
+    often = make_documents(1, seed=9)[0]
+    _, train, _, _ = pack([*kinds, *[often] * 1000], wordpiece, tmp_path / "b", length=8, eval_rows=2)
+    assert train.size > 1000 * len(encode(often, wordpiece))  # half the text, and held out it would be one document
+
+
+def test_copies_of_one_document_are_no_different_documents(wordpiece, tmp_path):
+    with pytest.raises(DataError, match="has 1 different documents, too few to hold some out"):
+        pack(["alpha beta gamma"] * 50, wordpiece, tmp_path)
 
 
 def test_split_does_not_depend_on_the_order_of_documents(wordpiece, tmp_path):

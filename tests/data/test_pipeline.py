@@ -58,7 +58,9 @@ def test_what_matters_rebuilds_and_what_does_not_does_not(tmp_path, text):
     moved = tmp_path / "elsewhere.txt"
     moved.write_bytes(text.read_bytes())
     assert prepare_corpus(arguments(tmp_path, text)).from_cache
-    assert prepare_corpus(arguments(tmp_path, moved)).from_cache
+    again = prepare_corpus(arguments(tmp_path, moved))
+    assert again.from_cache
+    assert list(again.statistics["sources"]) == [moved.name]
     folders = {first.directory}
     for change in (
         {"vocab_size": 190},
@@ -162,6 +164,48 @@ def test_a_killed_preparation_is_never_trusted(tmp_path, python_environment):
     assert sorted(path.name for path in entry.iterdir()) == ["manifest.json", "whole.bin"]
     assert not any(path.name.startswith(".key.") for path in entry.parent.iterdir())
     assert cached_entry(entry, write, False) == (entry, True)
+
+
+def test_clearing_up_takes_only_what_was_left_by_this_package(tmp_path):
+    others = [".git.1", ".cache.old", ".key.new", f".{'a' * 24}.tmp", f".{'a' * 20}.12"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / f".{'b' * 24}.7").write_text("a file of this name is not ours either")
+    for name in (".key.12", f".{'c' * 24}.34", f".{'d' * 32}.56"):
+        (tmp_path / name).mkdir()
+    cached_entry(tmp_path / "key", lambda folder: None, False)
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert left == {*others, f".{'b' * 24}.7"}
+    assert not any((tmp_path / f"{name[1:].rpartition('.')[0]}.lock").exists() for name in others if "key" not in name)
+
+
+def test_a_death_before_the_tokens_are_in_place_loses_no_shard(tmp_path, text, monkeypatch):
+    rename = os.rename
+
+    def die_at_the_last_moment(source, target):
+        if Path(target).parent.name == "tokens":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", die_at_the_last_moment)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(arguments(tmp_path, text))
+    (unfinished,) = (tmp_path / "cache/tokens").glob("*.unfinished")
+    before = {path.name: path.stat().st_mtime_ns for path in unfinished.iterdir()}
+    prepare_corpus(arguments(tmp_path, text))
+    (shards,) = (tmp_path / "cache/tokens").glob("*/shards")
+    assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == before
+    assert not unfinished.exists()
+
+
+def test_shards_are_copied_where_the_file_system_has_no_links(tmp_path, text, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    expected = content(prepare_corpus(arguments(tmp_path / "one", text)))
+    monkeypatch.setattr(os, "link", refuse)
+    assert content(prepare_corpus(arguments(tmp_path / "other", text))) == expected
 
 
 def test_two_processes_prepare_once(tmp_path, text, python_environment):
@@ -472,6 +516,18 @@ def test_deduplication_for_a_limit_reads_the_beginning(tmp_path, repetitive):
     steps = {step["step"]: step for step in corpus.statistics["steps"]}
     assert 8 * 916 <= steps["near duplicates"]["characters_in"] < 8 * 916 + 500
     assert corpus.train_dataset.num_tokens >= 880
+
+
+def test_too_few_tokens_after_deduplication_are_told(tmp_path, repetitive, caplog):
+    path, *_ = repetitive
+    limited = {"vocab_size": 400, "eval_rows": 1, "max_train_tokens": 900}
+    prepare_corpus(arguments(tmp_path, path, near_dedup_similarity=0.7, **limited))
+    assert "asked for" not in caplog.text
+    lines = [path.read_text().splitlines()[0]] * 400
+    same = write_lines(tmp_path / "same.txt", [*path.read_text().splitlines()[:10], *lines])
+    corpus = prepare_corpus(arguments(tmp_path, same, near_dedup_similarity=0.7, **limited))
+    assert f"{corpus.statistics['tokens']:,} tokens are left of the 916 asked for" in caplog.text
+    assert "a larger max_train_tokens reads more" in caplog.text
 
 
 def test_a_published_corpus_gives_its_rows(tmp_path, text):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from datasets import Dataset, load_dataset
 from forked_calls import forked_calls, logged_in_environment
-from hub_server import CUT, TOKEN, Fault, running_hub
+from hub_server import CUT, TOKEN, Fault, Repository, running_hub
 from huggingface_hub import DatasetCard
 
 from hf_cram.data import publish
@@ -23,7 +23,7 @@ from hf_cram.data.cache import cached_entry
 from hf_cram.data.data_card import size_category
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, open_corpus, prepare_corpus
-from hf_cram.data.publish import PublishArguments, export_corpus
+from hf_cram.data.publish import PublishArguments, export_corpus, publish_if_asked
 from hf_cram.data.published import find_published_corpus, row_settings, without_folders
 
 LENGTH = 16
@@ -258,6 +258,7 @@ def test_no_folder_of_this_machine_is_told(folder, arguments):
         if path.is_file():
             assert private.name.encode() not in path.read_bytes(), path
             assert b"/tmp/" not in path.read_bytes()
+    assert without_folders({"/a/\udcff.txt": 1}) == {"\\udcff.txt": 1}
     told = {"/a/b/text.txt": {"from": "file ~/secret/x.jsonl: bad", "n": 3}, "owner/name": ["a/b", "http://x.y/z/w"]}
     assert without_folders(told) == {
         "text.txt": {"from": "file x.jsonl: bad", "n": 3}, "owner/name": ["a/b", "http://x.y/z/w"]
@@ -308,6 +309,75 @@ def test_pushing_again_changes_nothing_and_another_corpus_replaces_all(
     assert call("push", corpus.directory, LENGTH, "me/rows", **options) == pushed
     assert repository.files == {**first, "mine.txt": b"x"}
     assert call("load", "me/rows", tmp_path / "old", revision=head) == LENGTH
+
+
+FOREIGN = {
+    "texts": {"README.md": b"# Mine", "data/train-00000.parquet": b"x", "tokenizer/tokenizer.json": b"{}"},
+    "same name": {"corpus.json": b'{"language": "en"}', "README.md": b"# Mine"},
+    "no json": {"corpus.json": b"\xff not json"},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_data_set_that_is_not_ours_stays_as_it_is(call, server, corpus, name):
+    repository = server.repositories["datasets/me/foreign"] = Repository()
+    repository.commit(FOREIGN[name], "by its owner")
+    error = call("push", corpus.directory, LENGTH, "me/foreign")
+    assert error == (
+        "the corpus is not pushed to me/foreign: that is a data set which hf_cram has not made, and it stays as it is: "
+        "name another push_corpus_to_hub"
+    )
+    assert list(repository.commits.values()) == [FOREIGN[name]]
+    assert not list(corpus.directory.parent.glob("*.export"))
+
+
+def test_an_empty_data_set_made_by_hand_is_filled(call, server, corpus):
+    repository = server.repositories["datasets/me/empty"] = Repository()
+    repository.commit({".gitattributes": b"*.parquet filter=lfs\n"}, "initial commit")
+    assert call("push", corpus.directory, LENGTH, "me/empty") == f"{server.url}/datasets/me/empty"
+    assert "corpus.json" in repository.files
+
+
+def test_a_folder_takes_the_same_files_and_training_reads_them(corpus, folder, arguments, tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "new" / "corpus", tmp_path / "empty"):
+        asked = PublishArguments(export_corpus_to=str(target), corpus_language="en", corpus_license="cc0-1.0")
+        assert publish_if_asked(corpus, asked, arguments) is None
+        assert {path.relative_to(target): path.read_bytes() for path in target.rglob("*") if path.is_file()} == {
+            path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+    trained_from = prepare_corpus(DataArguments(dataset_name=str(target), cache_dir=str(tmp_path / "cache")))
+    assert_same(trained_from, corpus)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "empty", "new"]
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+    again = PublishArguments(export_corpus_to=str(target))  # a run that goes on has exported already
+    assert publish_if_asked(corpus, again, arguments) is None
+    assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
+
+
+def test_a_folder_that_holds_anything_else_stays_as_it_is(corpus, arguments, copy, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file", "file/below"):
+        with pytest.raises(
+            DataError, match="is there already: name a new folder|cannot be made in .*/file: name another"
+        ):
+            PublishArguments(export_corpus_to=str(tmp_path / name))
+    for name in ("", "x" * 300, "~nobody-of-this-name/rows"):
+        with pytest.raises(DataError, match="export_corpus_to|cannot be used"):
+            PublishArguments(export_corpus_to=name)
+    splits = json.loads((copy / "corpus.json").read_text())
+    splits["splits"]["train"]["sha256"] = "0" * 64
+    (copy / "corpus.json").write_text(json.dumps(splits))
+    asked = PublishArguments(export_corpus_to=str(copy))  # which corpus it holds shows when the rows are there
+    with pytest.raises(DataError, match="copy is there already"):
+        publish_if_asked(corpus, asked, arguments)
+    assert json.loads((copy / "corpus.json").read_text()) == splits
+
+
+def test_norwegian_text_needs_no_quotes():
+    assert PublishArguments(corpus_language="False").corpus_language == "no"  # what YAML makes of a bare `no`
 
 
 def test_the_arguments_of_a_program_push_the_same(pushed, call, server, corpus, arguments):
@@ -445,6 +515,16 @@ DAMAGES = {
         ),
         "its tokenizer is not the one that was published with it",
     ),
+    "broken tokenizer": (
+        lambda copy: (copy / "tokenizer" / "tokenizer.json").write_text("{"),
+        "its tokenizer is not the one that was published with it .tokenizer.json.",
+    ),
+    "other special tokens": (
+        lambda copy: (copy / "tokenizer" / "tokenizer_config.json").write_text(
+            (copy / "tokenizer" / "tokenizer_config.json").read_text().replace('"[MASK]"', '"[PAD]"')
+        ),
+        "its tokenizer is not the one that was published with it .tokenizer_config.json.",
+    ),
     "changed rows": (lambda copy: replace_rows(copy, swap_two), "rows of split train are not the"),
     "fewer rows": (lambda copy: replace_rows(copy, lambda ids: ids[:-1]), "rows of split train are not the"),
     "cut file": (
@@ -456,6 +536,14 @@ DAMAGES = {
         "cannot be read",
     ),
     "cut description": (lambda copy: (copy / "corpus.json").write_text('{"hf_cram'), "corpus.json cannot be read"),
+    "deep description": (
+        lambda copy: (copy / "corpus.json").write_text("[" * 100_000),
+        "corpus.json cannot be read",
+    ),
+    "odd description": (
+        lambda copy: (copy / "corpus.json").write_text('{"hf_cram_corpus": 1, "splits": {"train": 5}}'),
+        "corpus.json is not as hf_cram writes it: publish it again",
+    ),
     "newer": (lambda copy: (copy / "corpus.json").write_text('{"hf_cram_corpus": 9}'), "another hf_cram .format 9."),
 }
 

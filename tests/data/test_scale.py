@@ -147,6 +147,20 @@ def test_places_hold_wherever_a_task_starts(tmp_path, monkeypatch):
     assert plain.cache == mix.cache == tmp_path / "cache"
 
 
+def test_a_relative_folder_of_a_data_set_holds_wherever_a_task_starts(tmp_path, monkeypatch):
+    write_files(tmp_path / "text")
+    monkeypatch.chdir(tmp_path)
+    plain = make_plan(recipe(None, "cache", train_files=None, dataset_name="text"), tasks=2)
+    sources = {"one": {"dataset_name": "text"}, "two": {"dataset_name": "installed-docs"}}
+    (tmp_path / "installed-docs").mkdir()
+    monkeypatch.setattr("hf_cram.data.sources.fingerprint_installed", lambda: "environment")
+    monkeypatch.setattr("hf_cram.data.sources.read_installed_docs", lambda show_progress: iter(["a document"]))
+    mix = make_plan(recipe(None, "cache", train_files=None, sources=sources), tasks=2)
+    assert plain.arguments.dataset_name == str(tmp_path / "text")
+    assert mix.arguments.named_sources()["one"].dataset_name == str(tmp_path / "text")
+    assert mix.arguments.named_sources()["two"].dataset_name == "installed-docs"
+
+
 # The estimate
 
 
@@ -156,6 +170,8 @@ def test_estimate_halves_with_twice_the_machines():
     assert one.parallel_hours == pytest.approx(800e9 / (32 * 10e6) / 3600)
     assert two.parallel_hours == pytest.approx(one.parallel_hours / 2)
     assert two.alone_hours == one.alone_hours
+    # Rows of 2 bytes a token, read four times and written twice at 500 MB/s.
+    assert one.order_hours == two.order_hours == pytest.approx(6 * 2 * 800e9 / 4.5 / 500e6 / 3600)
     assert parse_size("5.4 TB") == 5.4e12
 
 
@@ -207,6 +223,36 @@ def test_local_rows_equal_those_of_one_machine(tmp_path, datatrove, row_order):
     found = prepare_corpus(arguments)
     assert found.from_cache
     assert found.directory == corpus.directory
+
+
+def test_tasks_with_few_documents_are_told_of(tmp_path, datatrove, monkeypatch, caplog):
+    files = write_files(tmp_path / "text")
+    scale = ScaleArguments(tasks=2, workers=2)
+    run_plan(make_plan(recipe(files, tmp_path / "cache"), tasks=2), scale)
+    assert "300 documents are few for 2 tasks" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("hf_cram.data.scale.FEW_DOCUMENTS", 150)
+    run_plan(make_plan(recipe(files, tmp_path / "cache"), tasks=2), scale)
+    assert "are few" not in caplog.text
+
+
+def test_on_ray_only_tasks_side_by_side_have_a_time(tmp_path, datatrove, monkeypatch):
+    pytest.importorskip("ray", reason="the extra 'scale' is not installed")
+    from hf_cram.data import scale_executors
+
+    times = {}
+
+    class Executor:
+        def __init__(self, steps, tasks, workers, logging_dir, time, **options):
+            times[Path(logging_dir).name.partition("-")[0]] = time
+
+        run = get_incomplete_ranks = lambda self, **_: []
+
+    monkeypatch.setattr(scale_executors, "RayPipelineExecutor", Executor)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    plan = make_plan(recipe(write_files(tmp_path / "text"), tmp_path / "cache"), tasks=4)
+    scale_executors.run_on_ray(plan, ScaleArguments(executor="ray", tasks=4, ray_task_seconds=60))
+    assert times == {"text": None, "tokens": 60, "rows": None}
 
 
 def test_a_text_that_tasks_cannot_share_is_dealt_to_them(tmp_path, datatrove, monkeypatch):

@@ -4,7 +4,10 @@ import csv
 import gzip
 import json
 import os
+import re
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +16,9 @@ import zstandard
 from conftest import REPOSITORY
 from datasets import IterableDataset
 
+from hf_cram.data import text_files
 from hf_cram.data.errors import DataError, SkipReport
-from hf_cram.data.hub_datasets import load_hub_dataset, read_hub_dataset
+from hf_cram.data.hub_datasets import fingerprint_folder, load_hub_dataset, read_hub_dataset
 from hf_cram.data.pipeline import DataArguments
 from hf_cram.data.source_arguments import SourceArguments
 from hf_cram.data.sources import TextSource
@@ -115,14 +119,84 @@ def test_paths_that_lead_nowhere(tmp_path):
     with pytest.raises(DataError, match="holds no text file"):
         expand_files([str(tmp_path)])
 
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read \(No such file"):
+        read(tmp_path)
+    for name in ("x" * 300, "~nobody-of-this-name/a.txt"):
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            expand_files([name])
+        assert "\n" not in str(caught.value)
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_an_unreadable_file(tmp_path):
-    path = tmp_path / "secret.txt"
-    path.write_text("x")
-    path.chmod(0)
-    with pytest.raises(DataError, match=r"secret\.txt: cannot be read \(Permission denied\)"):
-        read(path)
+
+@pytest.fixture
+def closed_folder():
+    """A folder that a user without rights can enter, with one inside that it cannot; as root the test is that user."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "open.txt").write_text("x")
+        (folder / "closed").mkdir()
+        (folder / "closed" / "secret.txt").write_text("x")
+        (folder / "secret.txt").write_text("x")
+        for path in (folder / "closed", folder / "secret.txt"):
+            path.chmod(0)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        yield folder
+        if is_root:
+            os.seteuid(0)
+        (folder / "closed").chmod(0o700)
+
+
+def test_what_is_closed_to_us_is_one_line_and_not_left_out(closed_folder):
+    for path, fault in (
+        (closed_folder / "secret.txt", r"secret\.txt"),
+        (closed_folder / "closed" / "secret.txt", "secret.txt"),
+        (closed_folder, "closed"),
+    ):
+        with pytest.raises(DataError, match=rf"{fault}: cannot be read \(Permission denied\)"):
+            read(path)
+    with pytest.raises(DataError, match=r"closed: cannot be read \(Permission denied\)"):
+        fingerprint_folder(closed_folder)
+
+
+@pytest.mark.parametrize("files", [[], [""], "", ["a.txt", " "]])
+def test_no_files_are_not_the_documentation_and_an_empty_name_is_not_this_folder(files):
+    with pytest.raises(DataError, match="train_files is empty or holds an empty name"):
+        SourceArguments(train_files=files)
+    with pytest.raises(DataError, match="source 'a': .*train_files"):
+        SourceArguments(sources={"a": {"train_files": files}})
+
+
+def test_one_file_may_be_named_without_a_list():
+    assert SourceArguments(train_files="a.txt").train_files == ["a.txt"]
+
+
+def test_names_that_cannot_be(tmp_path):
+    with pytest.raises(DataError, match="dataset_name is empty"):
+        SourceArguments(dataset_name=" ")
+    arguments = SourceArguments(dataset_name="x" * 300)
+    assert arguments.hub_names == []
+    with pytest.raises(DataError, match="cannot be loaded"):
+        TextSource(arguments, tmp_path)
+
+
+def test_norwegian_is_what_yaml_takes_for_false(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset_name: some/set\ndataset_config_name: no\n")
+    (arguments,) = RecipeParser((DataArguments,)).parse([str(tmp_path / "recipe.yaml")])
+    assert arguments.dataset_config_name == "no"
+    with pytest.raises(DataError, match="dataset_config_name must be text .in quotes, since YAML"):
+        SourceArguments(sources={"a": {"dataset_name": "some/set", "dataset_config_name": False}})
+
+
+def test_hashing_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_bytes(b"x" * 3_000_000)
+    fingerprint_files([tmp_path / "a.txt"])
+    assert "hashing" not in capsys.readouterr().err  # done at once
+    monkeypatch.setattr(text_files, "SECONDS_WITHOUT_BAR", 0)
+    fingerprint_files([tmp_path / "a.txt"])
+    assert re.search(r"hashing files: 100%.*3\.00M/3\.00M", capsys.readouterr().err)
 
 
 def test_a_folder_in_place_of_a_file_that_vanishes(tmp_path):

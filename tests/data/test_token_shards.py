@@ -1,6 +1,7 @@
 """Shards of tokens: filters, workers, interruptions, limits."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -94,6 +95,24 @@ def test_documents_are_filtered_and_tokenized_once(wordpiece, documents, tmp_pat
     assert {reason: len(records) for reason, records in shards.samples(2).by_reason.items()} == {
         TOO_SHORT: 2, MANY_TOKENS: 2,
     }  # fmt: skip
+
+
+def test_samples_of_many_shards_are_not_held_in_memory(wordpiece, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_shards, "SHARD_CHARACTERS", 40_000)
+    documents = [f"{index} " + "alpha " * 350 for index in range(1200)]
+    rules = {"drop_above_characters": 100, "sample_dropped": 20}
+    shards = write(documents, settings(wordpiece, **rules), tmp_path)
+    assert len(shards.summaries) > 50
+    on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.json"))
+    tracemalloc.start()
+    samples = TokenShards(tmp_path, shards.dtype).samples(20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < on_disk / 3
+    keys = {key: len(record["text"]) for key, record in samples.by_reason["too many characters"].items()}
+    assert list(keys.values()) == [2000] * 20
+    assert samples.by_reason == shards.samples(20).by_reason
+    assert shards.samples(0).by_reason == {}
 
 
 @pytest.mark.parametrize("workers", [2, 3])

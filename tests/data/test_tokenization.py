@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from hf_cram.data.errors import DataError
-from hf_cram.data.tokenization import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
+from hf_cram.data.tokenization import SMALLEST_VOCABULARY, load_tokenizer, read_tokenizer, train_tokenizer
 
 TEXT = [
     f"The {adjective} {noun} number {index} was seen by {name}, who said: “{verb} it!”"
@@ -95,3 +95,33 @@ def test_existing_tokenizers(trained, tokenizer, tmp_path):
         load_tokenizer(tmp_path / "maskless")
     with pytest.raises(DataError, match="cannot be loaded"):
         load_tokenizer(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": None}, "neither a tokenizer.json nor another vocabulary"),
+        ({"tokenizer.json": '{"version": "1.0", "mod'}, "cannot be loaded: Unterminated string"),
+        ({"tokenizer.json": "[1, 2]"}, "its files are damaged"),
+        ({"tokenizer.json": '{"version": "1.0"}'}, "its files are damaged"),
+        ({"tokenizer_config.json": "[]"}, "its files are damaged"),
+        # transformers would make a tokenizer of the special tokens alone
+        (
+            {"tokenizer.json": None, "tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'},
+            "vocabulary is empty",
+        ),
+    ],
+)
+def test_damaged_tokenizers_are_one_line(trained, tmp_path, files, message):
+    folder = tmp_path / "broken"
+    trained.save_pretrained(folder)
+    for name, content in files.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_text(content)
+    for load in (read_tokenizer, load_tokenizer):
+        with pytest.raises(
+            DataError, match=f"tokenizer '.*broken' cannot be loaded: .*{message.split(': ')[-1]}"
+        ) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
