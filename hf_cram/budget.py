@@ -146,7 +146,7 @@ def build_lr_schedule(name: str, shape: dict[str, Any] | None = None) -> Callabl
     for key, value in shape.items():
         if key not in valid:
             raise ValueError(f"lr_schedule {name!r} has no parameter {key!r}{did_you_mean(key, valid)}")
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ValueError(f"lr_schedule parameter {key!r} must be a number from 0 to 1, got {value!r}")
     if name == "flat_then_linear" and shape.get("warmup", 0.0) > shape.get("decay_from", 0.4):
         raise ValueError("lr_schedule 'flat_then_linear' needs warmup <= decay_from")
@@ -165,7 +165,7 @@ class BudgetLRScheduler(LRScheduler):
     Learning rate as a function of the used fraction of the budget instead of the step.
 
     [`follow_budget`] sets the rates of the next step; `step`, which the Trainer calls after each optimiser step, only
-    keeps the count. Nothing but plain numbers is saved with it.
+    keeps the count. Nothing but plain numbers is saved with it, and no peak: a resumed run's is its own.
     """
 
     def __init__(self, optimizer: Optimizer, lr_factor: Callable[[float], float]):
@@ -184,10 +184,10 @@ class BudgetLRScheduler(LRScheduler):
         return {}  # the Trainer logs the learning rate itself
 
     def state_dict(self) -> dict[str, Any]:
-        return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch, "fraction": self.fraction}
+        return {"last_epoch": self.last_epoch, "fraction": self.fraction}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.base_lrs, self.last_epoch = state_dict["base_lrs"], state_dict["last_epoch"]
+        self.last_epoch = state_dict["last_epoch"]
         self.follow_budget(state_dict["fraction"])
 
 

@@ -50,7 +50,7 @@ class BudgetProgressCallback(TrainerCallback):
     def __init__(self, progress: Callable[[], BudgetProgress]):
         self.progress = progress
         self.bar: tqdm | None = None
-        self.loss = float("nan")
+        self.loss: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,7 +67,8 @@ class BudgetProgressCallback(TrainerCallback):
         now = self.progress()
         budget = "" if now.time_budget_seconds is None else f"/{format_duration(now.time_budget_seconds)}"
         self.bar.set_description_str(f"{format_duration(now.elapsed_seconds)}{budget}", refresh=False)
-        parts = [f"loss {self.loss:.3f}", f"{now.units_per_second:,.0f} {now.unit}/s"]
+        loss = [] if self.loss is None else [f"loss {self.loss:.3f}"]  # known from the first log on
+        parts = [*loss, f"{now.units_per_second:,.0f} {now.unit}/s"]
         if now.estimated_units is not None:
             parts.append(f"{now.units_seen / 1e6:.2f}M of about {now.estimated_units / 1e6:.2f}M {now.unit}")
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
@@ -98,8 +99,12 @@ class LossCurveCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        path = Path(str(args.output_dir)) / LOSS_CURVE_NAME
         if state.is_world_process_zero:
-            draw_loss_curve(state.log_history, Path(str(args.output_dir)) / LOSS_CURVE_NAME)
+            try:
+                draw_loss_curve(state.log_history, path)
+            except OSError as error:  # the model is still to be saved
+                logger.warning("%s could not be drawn: %s", path, error)
 
 
 def draw_loss_curve(log_history: Sequence[dict[str, float]], path: Path) -> None:

@@ -3,25 +3,28 @@
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import sort_checkpoints
 
 from .files import flush_to_disk, write_json_atomically
+from .hardware import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 RUN_STATE_NAME = "cram_state.json"
 CLOCK_NAME = "clock.json"
 STAGING_NAME = ".saving"
+CHECKPOINT_PATTERN = re.compile(r"checkpoint-(\d+)")
+REPLACED = "replaced-"
 
 
 class CheckpointError(RuntimeError):
@@ -38,6 +41,10 @@ class RunState:
     tokens_seen: int = 0
     skipped_steps: int = 0
     dataset_id: str | None = None
+    # What the first session measured, or was told: the later ones compute alike.
+    bf16: bool | None = None
+    torch_compile: bool | None = None
+    optimizer: str | None = None
 
     def save(self, folder: Path) -> None:
         (folder / RUN_STATE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -48,7 +55,7 @@ class RunState:
         if not folder.is_dir():
             raise CheckpointError(f"There is no checkpoint folder {folder}")
         try:
-            values = json.loads((folder / RUN_STATE_NAME).read_text(encoding="utf-8"))
+            values = read_json(folder / RUN_STATE_NAME, "run_id", "elapsed_seconds", "rows_seen")
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder} is not a complete checkpoint of hf_cram ({RUN_STATE_NAME}: {error}): name another one, or "
@@ -57,14 +64,23 @@ class RunState:
         return cls(**{name: values[name] for name in (spec.name for spec in fields(cls)) if name in values})
 
 
+def read_json(path: Path, *required: str) -> dict[str, Any]:
+    """The object in the JSON file `path`. Raises `OSError`, and `ValueError` where it is none or lacks a key."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    missing = [key for key in required if key not in values] if isinstance(values, dict) else required
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    return values
+
+
 def read_clock(output_dir: Path) -> dict[str, Any] | None:
     """The last heartbeat in `output_dir`, or `None` where no budgeted run has been."""
     path = output_dir / CLOCK_NAME
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_json(path, "run_id", "elapsed_seconds")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it to start its clock anew") from error
 
 
@@ -75,6 +91,8 @@ def save_errors(target: Path) -> Iterator[None]:
         yield
     # torch.save reports a full disk as a RuntimeError, safetensors as an error of its own.
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"Saving {target} failed: {cause}. Earlier checkpoints are untouched; make room (or name another "
@@ -82,9 +100,27 @@ def save_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def load_errors(checkpoint: Path) -> Iterator[None]:
+    """Turn a failure to read `checkpoint` (damaged, of another model) into one [`CheckpointError`] line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}): name another one, with the fields "
+            "of the model and the optimiser as they were, or start a new run"
+        ) from error
+
+
 def clear_staging(output_dir: Path) -> None:
-    """Remove what a killed process left half-written or half-deleted."""
-    shutil.rmtree(output_dir / STAGING_NAME, ignore_errors=True)
+    """Remove what a killed process left half-written or half-deleted; what it was about to replace goes back."""
+    staging = output_dir / STAGING_NAME
+    for replaced in staging.glob(f"{REPLACED}*"):
+        with suppress(OSError):  # its successor is there, and not empty
+            os.rename(replaced, output_dir / replaced.name.removeprefix(REPLACED))
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish_checkpoint(staged: Path, output_dir: Path) -> Path:
@@ -92,7 +128,7 @@ def publish_checkpoint(staged: Path, output_dir: Path) -> Path:
     flush_to_disk(staged)
     target = output_dir / staged.name
     if target.exists():  # saved again at the same step
-        retire_checkpoint(target, output_dir)
+        os.rename(target, staged.with_name(REPLACED + target.name))
     os.rename(staged, target)
     return target
 
@@ -115,18 +151,59 @@ def retire_checkpoint(folder: Path, output_dir: Path) -> None:
 
 
 def rotate(output_dir: Path, save_total_limit: int | None) -> None:
-    """Keep the newest `save_total_limit` checkpoints."""
+    """Keep the newest `save_total_limit` complete checkpoints."""
     if save_total_limit is not None and save_total_limit > 0:
-        for folder in sort_checkpoints(output_dir=str(output_dir))[:-save_total_limit]:
-            retire_checkpoint(Path(folder), output_dir)
+        for folder in complete_checkpoints(output_dir)[:-save_total_limit]:
+            retire_checkpoint(folder, output_dir)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder; -1 for another name."""
+    match = CHECKPOINT_PATTERN.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints in `output_dir`, the oldest first."""
+    folders = [folder.parent for folder in output_dir.glob(f"checkpoint-*/{RUN_STATE_NAME}")]
+    return sorted((folder for folder in folders if step_of(folder) >= 0), key=step_of)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint in `output_dir`, or `None`."""
-    for folder in reversed(sort_checkpoints(output_dir=str(output_dir))) if output_dir.is_dir() else ():
-        if (Path(folder) / RUN_STATE_NAME).is_file():
-            return Path(folder)
-    return None
+    return next(reversed(complete_checkpoints(output_dir)), None)
+
+
+def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> Path | None:
+    """
+    Move the checkpoints in `output_dir` that are not among those before `checkpoint` out of the way of the run that
+    goes on from there: neither rotated away as if old, nor taken for its own.
+
+    Returns where they went, `<output_dir>/set-aside-N`, or `None` where there were none.
+    """
+    step = step_of(checkpoint.resolve()) if checkpoint.resolve().parent == output_dir.resolve() else -1
+    later = [folder for folder in complete_checkpoints(output_dir) if step_of(folder) > step]
+    if not later:
+        return None
+    target = first_free(output_dir / "set-aside")
+    try:
+        target.mkdir()
+        for folder in later:
+            os.rename(folder, target / folder.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output_dir} holds checkpoints after {checkpoint.name}, which cannot be moved to {target} "
+            f"({error.strerror}): move them away"
+        ) from error
+    return target
+
+
+def first_free(path: Path) -> Path:
+    """`path` with the first number behind it that nothing has yet: `<path>-1`, `<path>-2`, ..."""
+    number = 1
+    while (numbered := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return numbered
 
 
 def move_earlier_run_aside(output_dir: Path) -> Path | None:
@@ -137,9 +214,12 @@ def move_earlier_run_aside(output_dir: Path) -> Path | None:
     """
     if read_clock(output_dir) is None:
         return None
-    number = 1
-    while (target := output_dir.with_name(f"{output_dir.name}.previous-{number}")).exists():
-        number += 1
+    if Path.cwd().is_relative_to(output_dir.resolve()):
+        raise CheckpointError(
+            f"{output_dir} holds an earlier run and is (or is above) the working folder, which cannot be moved: name "
+            "another --output_dir, or continue the run with --resume_from_checkpoint true"
+        )
+    target = first_free(output_dir.with_name(f"{output_dir.name}.previous"))
     try:
         os.rename(output_dir, target)
     except OSError as error:

@@ -132,6 +132,9 @@ class CrammedBertConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Refuse shapes that cannot be built."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "

@@ -1,5 +1,6 @@
 """What this machine can do: matrix-product speed, bf16 or not, compile or not, and the work of one row."""
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -7,7 +8,7 @@ import resource
 import shutil
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,32 @@ COMPILE_SPEEDUP = 1.25
 COMPILE_SECONDS = 20.0
 COMPILE_SECONDS_PER_LINEAR = 1.5
 MATMUL_ROWS = 4096
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+# What torch says of it in a plain RuntimeError: the allocator of CPUs, cuBLAS and the driver of GPUs.
+OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: one of [`OUT_OF_MEMORY`], or a RuntimeError of torch's that says so."""
+    messages = OUT_OF_MEMORY_MESSAGES if isinstance(error, RuntimeError) else ()
+    return isinstance(error, OUT_OF_MEMORY) or any(message in str(error) for message in messages)
+
+
+class MicroBatchMemoryError(MemoryError):
+    """Memory ran out over a micro-batch; the message names the argument to lower."""
+
+
+@contextlib.contextmanager
+def memory_errors(argument: str, rows: int) -> Iterator[None]:
+    """Turn running out of memory with `rows` rows a micro-batch, set by `argument`, into a [`MicroBatchMemoryError`]."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MicroBatchMemoryError) or not is_out_of_memory(error):
+            raise
+        raise MicroBatchMemoryError(
+            f"memory ran out with {argument} {rows}: lower it (python -m hf_cram.memory RECIPE calculates what fits)"
+        ) from error
 
 
 def largest_linear_shape(model: nn.Module) -> tuple[int, int]:
@@ -33,6 +60,13 @@ def largest_linear_shape(model: nn.Module) -> tuple[int, int]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Give back what was measured with, and count [`peak_memory_bytes`] anew where that is possible: on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -60,7 +94,13 @@ def measure_matmul_flops(
 
 
 def bf16_is_faster(device: torch.device, shape: tuple[int, int], seconds: float = 2.0) -> bool:
-    """Whether bf16 autocast beats fp32 on this device: forward and backward of one layer, in turn, best of each."""
+    """
+    Whether bf16 autocast beats fp32 on this device: forward and backward of one layer, in turn, best of each.
+
+    A GPU that emulates bf16 only is not measured.
+    """
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
     layer = nn.Linear(shape[1], shape[0], bias=False, device=device)
     inputs = torch.randn(MATMUL_ROWS, shape[1], device=device, requires_grad=True)
     best = {True: float("inf"), False: float("inf")}

@@ -143,7 +143,7 @@ def muon_parameter_groups(
 ) -> list[dict[str, Any]]:
     """
     Groups for [`MuonWithAdamW`]: the weights of the linear layers inside the layers of the model are Muon's, AdamW's
-    are embeddings, decoder, norms and scales.
+    are embeddings, decoder, norms and scales. Raises `ValueError` for a model without such layers.
     """
     gated = bool(getattr(model.config, "gated_linear_unit", False))
     matrices = {
@@ -151,14 +151,24 @@ def muon_parameter_groups(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and LAYER_PATTERN.search(name)
     }
+    if not matrices:
+        raise ValueError(
+            f"muon_learning_rate is for the linear layers inside a model's layers (named like layers.0.), and "
+            f"{type(model).__name__} has none: leave it out"
+        )
     decayed = set(decayed_parameter_names(model))
-    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    # By who decays, not by how much: a resumed run may choose another weight_decay, and finds its groups again.
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        parts, decay = matrices.get(name, 0), weight_decay if name in decayed else 0.0
-        lr = muon_learning_rate if parts else learning_rate
-        group = groups.setdefault((parts, decay), {"params": [], "lr": lr, "weight_decay": decay, "parts": parts})
+        parts, is_decayed = matrices.get(name, 0), name in decayed
+        options = {
+            "lr": muon_learning_rate if parts else learning_rate,
+            "weight_decay": weight_decay if is_decayed else 0.0,
+            "parts": parts,
+        }
+        group = groups.setdefault((parts, is_decayed), {"params": [], **options})
         group["params"].append(parameter)
     return list(groups.values())
 

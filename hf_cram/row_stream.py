@@ -1,10 +1,13 @@
 """Which rows an optimiser step sees: an endless stream over a dataset, cut into steps and processes."""
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
+from transformers import set_seed
 
 
 class RowStream(Dataset):
@@ -45,25 +48,81 @@ class RowStream(Dataset):
         return self._order
 
 
-class BudgetBatchSampler(Sampler[list[int]]):
+class StepPlan(NamedTuple):
+    """What this process reads for one optimiser step: `rows` rows of the stream, at a used `fraction` of the budget."""
+
+    step: int
+    fraction: float
+    first_position: int
+    rows: int
+
+
+class StepBatches(Dataset):
     """
-    Yields this process's positions of one optimiser step after the other, without end.
+    The collated batch of a [`StepPlan`].
+
+    A loader worker reads steps ahead of the training, and knows neither its random state nor its clock. So there, what
+    the dataset and the collator draw follows from `seed`, the process and the step, and a collator that follows the
+    budget is told the plan's fraction: a resumed run goes on with the same batches.
+    """
+
+    def __init__(
+        self, stream: RowStream, collator: Callable[[list[Any]], Any], is_follower: bool, seed: int, rank: int
+    ):
+        self.stream = stream
+        self.collator = collator
+        self.is_follower = is_follower
+        self.seed = seed
+        self.rank = rank
+        self._worker_collator: Any = None
+
+    def __getitem__(self, plan: StepPlan) -> Any:
+        collator = self.collator if get_worker_info() is None else self._worker_collator_at(plan)
+        return collator(self.stream.__getitems__(range(plan.first_position, plan.first_position + plan.rows)))
+
+    def _worker_collator_at(self, plan: StepPlan) -> Any:
+        set_seed(int(np.random.SeedSequence((self.seed, self.rank, plan.step)).generate_state(1)[0]))
+        if self._worker_collator is None:  # a copy: what it shares with other processes is at another step there
+            self._worker_collator = copy.deepcopy(self.collator) if self.is_follower else self.collator
+        if self.is_follower:
+            self._worker_collator.follow_budget(plan.fraction)
+        return self._worker_collator
+
+
+class StepSampler(Sampler[StepPlan]):
+    """
+    Yields this process's plan of one optimiser step after the other, without end.
 
     The step's rows are a contiguous stretch of the stream, cut into one part a process: which rows a step sees does
     not depend on the number of processes.
+
+    Args:
+        next_step: number of the step to begin with, asked when reading begins.
+        fraction_at: the share of the budget that will be used when a step begins.
+        batch_rows: rows of a step over all processes, at a used share of the budget.
     """
 
-    def __init__(self, batch_rows: Callable[[], int], first_position: int, process_index: int, num_processes: int):
+    def __init__(
+        self,
+        next_step: Callable[[], int],
+        fraction_at: Callable[[int], float],
+        batch_rows: Callable[[float], int],
+        first_position: int,
+        process_index: int,
+        num_processes: int,
+    ):
+        self.next_step = next_step
+        self.fraction_at = fraction_at
         self.batch_rows = batch_rows
         self.first_position = first_position
         self.process_index = process_index
         self.num_processes = num_processes
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[StepPlan]:
         position = self.first_position
-        while True:
-            rows = self.batch_rows()
+        for step in itertools.count(self.next_step()):
+            fraction = self.fraction_at(step)
+            rows = self.batch_rows(fraction)
             share = rows // self.num_processes
-            start = position + self.process_index * share
-            yield list(range(start, start + share))
+            yield StepPlan(step, fraction, position + self.process_index * share, share)
             position += rows

@@ -7,20 +7,29 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, seed_worker
+from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
 
-from .budget import BudgetClock, BudgetFollower, BudgetLRScheduler, Interval, build_lr_schedule, ramped_batch_size
+from .budget import (
+    BudgetClock,
+    BudgetFollower,
+    BudgetLRScheduler,
+    Interval,
+    build_lr_schedule,
+    format_duration,
+    ramped_batch_size,
+)
 from .callbacks import BudgetProgress, BudgetProgressCallback
 from .checkpointing import (
     STAGING_NAME,
@@ -29,25 +38,32 @@ from .checkpointing import (
     RunState,
     clear_staging,
     last_checkpoint,
+    load_errors,
     move_earlier_run_aside,
     publish_checkpoint,
     publish_files,
     read_clock,
+    read_json,
     rotate,
     save_errors,
+    set_later_checkpoints_aside,
 )
+from .embedding_initialization import initialize_embeddings_from_text
 from .hardware import (
     bf16_is_faster,
+    can_compile,
     compile_pays_off,
+    forget_peak_memory,
     largest_linear_shape,
     measure_matmul_flops,
+    memory_errors,
     peak_memory_bytes,
     training_flops,
 )
 from .hub import HubPusher, HubTarget
 from .optimization import MuonWithAdamW, decayed_parameter_names, muon_parameter_groups
-from .row_stream import BudgetBatchSampler, RowStream
-from .training_args import CramTrainingArguments
+from .row_stream import RowStream, StepBatches, StepSampler
+from .training_args import CramTrainingArguments, resume_choice
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +73,9 @@ ENDLESS_EPOCHS = 2**53  # the stream of rows has no end
 # the safe side, used until the first evaluation has been timed.
 EVALUATION_SHARE = 0.7
 SAVING_BYTES_PER_SECOND = 100e6
+# Of an optimiser's groups, what follows from the arguments, which a resumed run may change; the rest is its state.
+OPTIMIZER_OPTIONS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
+AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteError(RuntimeError):
@@ -102,9 +121,10 @@ class CramTrainer(Trainer):
     The collator returns a dict of tensors whose first dimension is the rows; `per_device_train_batch_size` rows at a
     time go through the model. The training dataset is map-style, so that a resumed run finds its next unseen row.
 
-    Raises [`CheckpointError`] where saving or resuming fails and [`NonFiniteError`] where the loss stays non-finite;
-    `interrupted_by` holds the signal after a run that SIGTERM or SIGINT stopped. With `push_to_hub` checkpoints are
-    pushed in the background, safe from what the Hub may do; [`push_to_hub`] at the end pushes what was saved.
+    Raises [`CheckpointError`] where saving or resuming fails, [`NonFiniteError`] where the loss stays non-finite and
+    [`~hardware.MicroBatchMemoryError`] where memory runs out; `interrupted_by` holds the signal after a run that
+    SIGTERM or SIGINT stopped. With `push_to_hub` checkpoints are pushed in the background, safe from what the Hub may
+    do; [`push_to_hub`] at the end pushes what was saved.
     """
 
     args: CramTrainingArguments
@@ -112,6 +132,7 @@ class CramTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     lr_scheduler: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -128,17 +149,21 @@ class CramTrainer(Trainer):
             raise ValueError("CramTrainer needs a map-style training dataset with a length, to resume where it was")
         if len(train_dataset) == 0:
             raise ValueError("The training dataset is empty")
+        if args.eval_interval is not None and kwargs.get("eval_dataset") is None:
+            raise ValueError("eval_interval is set, and there is no eval_dataset to evaluate on")
         started = time_function()
-        self._choose_precision(model, args)
-        self.matmul_peak = measure_matmul_flops(
-            args.device, torch.bfloat16 if args.bf16 else torch.float32, largest_linear_shape(model)
-        )
+        self._is_bf16_open = args.bf16 is None and not args.fp16 and args.mixed_precision == "no"
+        self._is_compile_open = args.torch_compile is None
+        self._choose_precision(model, args, self._is_bf16_open)
+        self.matmul_peak = self._measure_matmul_peak(model, args)
         self._choose_compile(model, args)
         self._setup_seconds = time_function() - started
         self._started_at = 0.0
         self.pusher: HubPusher | None = None
 
         super().__init__(model=model, args=args, **kwargs)
+        if args.muon_learning_rate is not None and (self.optimizer is not None or self.optimizer_cls_and_kwargs):
+            raise ValueError("muon_learning_rate brings its own optimiser: leave it out, or the optimiser given")
         self.clock = BudgetClock(args.time_budget_seconds, time_function)
         self.run_state = RunState(dataset_id=getattr(train_dataset, "dataset_id", None))
         self.followers = list(followers)
@@ -176,9 +201,12 @@ class CramTrainer(Trainer):
     # ---- What the hardware is good for ----
 
     @staticmethod
-    def _choose_precision(model: PreTrainedModel, args: CramTrainingArguments) -> None:
+    def _choose_precision(model: PreTrainedModel, args: CramTrainingArguments, is_open: bool) -> None:
         """Decide `args.bf16` where it is open; the launcher's `--mixed_precision` counts as told."""
-        if args.bf16 is None and not args.fp16 and args.mixed_precision == "no":
+        args.fp16 = args.fp16 or args.mixed_precision == "fp16"
+        if args.fp16 and args.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU, and the device is a CPU: use bf16, or neither")
+        if is_open:
             decision = [bf16_is_faster(args.device, largest_linear_shape(model)) if args.process_index == 0 else None]
             args.bf16 = broadcast_object_list(decision)[0]
             logger.info("bf16 autocast is %s than fp32 here", "faster" if args.bf16 else "not faster")
@@ -192,16 +220,37 @@ class CramTrainer(Trainer):
             args.torch_compile_backend = "inductor" if args.torch_compile else None
             logger.info("torch.compile is %s", "used" if args.torch_compile else "not used")
 
+    @staticmethod
+    def _measure_matmul_peak(model: PreTrainedModel, args: CramTrainingArguments) -> float:
+        return measure_matmul_flops(args.device, AUTOCAST_DTYPES[args.mixed_precision], largest_linear_shape(model))
+
+    def _keep_first_choices(self) -> None:
+        """What the first session has measured holds for those that resume it, whatever they have measured."""
+        first, args = self.run_state, self.args
+        bf16 = first.bf16 if self._is_bf16_open and first.bf16 is not None else args.bf16
+        compiled = first.torch_compile if self._is_compile_open and first.torch_compile is not None else None
+        if compiled is None or (compiled and not can_compile(args.device)):  # another machine
+            compiled = args.torch_compile
+        if (bf16, compiled) != (args.bf16, args.torch_compile):
+            if bf16 != args.bf16:
+                args.bf16, args.mixed_precision = bf16, "bf16" if bf16 else "no"
+            args.torch_compile, args.torch_compile_backend = compiled, "inductor" if compiled else None
+            self.matmul_peak = self._measure_matmul_peak(self.model, args)
+            AcceleratorState._reset_state()
+            self.create_accelerator_and_postprocess()
+            logger.info("As the run began: bf16 %s, torch.compile %s", args.bf16, args.torch_compile)
+        first.bf16, first.torch_compile = args.bf16, args.torch_compile
+
     # ---- The clock ----
 
     @property
     def budget_fraction(self) -> float:
         """Used share of the run, 0 to 1: of the time budget or of `max_steps`, whichever is larger."""
-        return min(1.0, max(self._clock_fraction, self._step_fraction))
+        return self._fraction_at(self.state.global_step)
 
-    @property
-    def _step_fraction(self) -> float:
-        return self.state.global_step / self.args.max_steps if self.args.max_steps > 0 else 0.0
+    def _fraction_at(self, step: int) -> float:
+        """Used share of the run when step number `step` begins, as far as the clock can tell now."""
+        return min(1.0, max(self._clock_fraction, step / self.args.max_steps if self.args.max_steps > 0 else 0.0))
 
     def _read_clock(self) -> None:
         """Take over rank 0's clock and signals, on every process alike: local clocks would part the ranks."""
@@ -283,19 +332,29 @@ class CramTrainer(Trainer):
 
         `resume_from_checkpoint` is a folder, or `True` for the last complete checkpoint in the output folder; without
         one the run starts over, and what it has used of the clock stays used. A new run in a folder that holds an
-        earlier one moves that aside, to `<output_dir>.previous-N`.
+        earlier one moves that aside, to `<output_dir>.previous-N`; a run resumed before the last checkpoint moves the
+        later ones aside, to `<output_dir>/set-aside-N`.
+
+        A resumed run takes learning rates, weight decay and the like from its own arguments. Whether bf16 and
+        torch.compile pay is not measured anew.
         """
-        checkpoint = self._open_run(resume_from_checkpoint)
+        checkpoint = self._open_run(resume_choice(resume_from_checkpoint))
+        self._keep_first_choices()
         torch.set_flush_denormal(True)  # denormal gradients slow a CPU down many times
         self.clock.start(self.run_state.elapsed_seconds + self._setup_seconds)
         self._started_at = time.time() - self._setup_seconds
-        self._row_flops = self._measure_row_flops()
+        if self.args.embeddings_from_text and checkpoint is None:
+            initialize_embeddings_from_text(self.model, self.train_dataset, self.args.seed)
+        with memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size):
+            self._row_flops = self._measure_row_flops()
+        forget_peak_memory(self.args.device)
         heartbeat = (
             Heartbeat(self.output_dir, self._heartbeat_values)
             if self.args.process_index == 0
             else contextlib.nullcontext()
         )
-        with heartbeat, self._signals():
+        memory = memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size)
+        with heartbeat, self._signals(), memory:
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
 
     def _open_run(self, resume_from_checkpoint: str | bool | None) -> Path | None:
@@ -311,6 +370,8 @@ class CramTrainer(Trainer):
             if checkpoint is not None:
                 self.run_state = RunState.load(checkpoint)
                 self._check_dataset(checkpoint)
+                with load_errors(checkpoint):
+                    read_json(checkpoint / TRAINER_STATE_NAME, "global_step")
             elif clock is not None:
                 self.run_state = RunState(run_id=clock["run_id"], dataset_id=self.run_state.dataset_id)
             if checkpoint is None and is_main:
@@ -318,16 +379,28 @@ class CramTrainer(Trainer):
             # The time between the last checkpoint and a kill was used as well.
             if clock is not None and clock["run_id"] == self.run_state.run_id:
                 self.run_state.elapsed_seconds = max(self.run_state.elapsed_seconds, clock["elapsed_seconds"])
-        elif is_main:
-            moved = move_earlier_run_aside(output_dir)
-            if moved is not None:
-                logger.warning("The earlier run in %s was moved to %s", output_dir, moved)
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # all have looked
         if is_main:
+            self._make_room(checkpoint, is_new=not resume_from_checkpoint)
             output_dir.mkdir(parents=True, exist_ok=True)
             clear_staging(output_dir)
         self.accelerator.wait_for_everyone()
         return checkpoint
+
+    def _make_room(self, checkpoint: Path | None, is_new: bool) -> None:
+        """Move what the output folder holds of another run, or of what came after `checkpoint`, out of the way."""
+        output_dir = self.output_dir
+        if checkpoint is not None and not checkpoint.resolve().is_relative_to(output_dir.resolve()):
+            clock = read_clock(output_dir)
+            is_new = clock is not None and clock["run_id"] != self.run_state.run_id
+        if is_new:
+            moved = move_earlier_run_aside(output_dir)
+            if moved is not None:
+                logger.warning("The earlier run in %s was moved to %s", output_dir, moved)
+        elif checkpoint is not None:
+            moved = set_later_checkpoints_aside(checkpoint, output_dir)
+            if moved is not None:
+                logger.warning("The checkpoints after %s were moved to %s", checkpoint, moved)
 
     def _check_dataset(self, checkpoint: Path) -> None:
         """A dataset that has a `dataset_id` must be the one that the checkpoint has seen rows of."""
@@ -376,29 +449,33 @@ class CramTrainer(Trainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return RowStream(self.train_dataset, shuffle, seed)
 
-    def _batch_rows(self) -> int:
+    def _batch_rows(self, fraction: float) -> int:
         args = self.args
-        return ramped_batch_size(
-            self.budget_fraction, args.smallest_batch_rows, args.largest_batch_rows, args.batch_ramp_until
-        )
+        return ramped_batch_size(fraction, args.smallest_batch_rows, args.largest_batch_rows, args.batch_ramp_until)
 
     def get_train_dataloader(self) -> DataLoader:
-        # Not prepared by accelerate: the sampler cuts the stream for each process, and one batch is one step.
-        sampler = BudgetBatchSampler(
-            self._batch_rows, self.run_state.rows_seen, self.args.process_index, self.args.world_size
+        # Not prepared by accelerate: the sampler cuts the stream for each process, and one item is one step.
+        args = self.args
+        sampler = StepSampler(
+            lambda: self.state.global_step,
+            self._fraction_at,
+            self._batch_rows,
+            self.run_state.rows_seen,
+            args.process_index,
+            args.world_size,
         )
+        is_follower = any(follower is self.data_collator for follower in self.followers)
         return DataLoader(
-            self._row_stream(),
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory,
+            StepBatches(self._row_stream(), self.data_collator, is_follower, args.seed, args.process_index),
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_unchanged,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
             # A generator of its own: the loader's draw must not move the restored random state of a resumed run.
-            generator=torch.Generator().manual_seed(self.args.seed),
-            worker_init_fn=partial(
-                seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
-            ),
+            generator=torch.Generator().manual_seed(args.seed),
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -434,6 +511,35 @@ class CramTrainer(Trainer):
         self.optimizer = MuonWithAdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
         return self.optimizer
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with load_errors(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimiser's state, but no learning rate, weight decay and the like: they follow the arguments."""
+        if checkpoint is None:
+            return
+        name, groups = self._optimizer_name, self.optimizer.param_groups
+        own = [{key: group[key] for key in OPTIMIZER_OPTIONS if key in group} for group in groups]
+        if self.run_state.optimizer not in (None, name):
+            raise CheckpointError(
+                f"{checkpoint} holds the state of {self.run_state.optimizer}, and the optimiser now is {name}: set "
+                "optim and muon_learning_rate as they were, or start a new run"
+            )
+        with load_errors(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # else what fp16 has left does not matter
+            super()._load_scaler(checkpoint)
+
+    @property
+    def _optimizer_name(self) -> str:
+        # accelerate's wrapper is no torch Optimizer
+        return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameter_names(model)
 
@@ -444,6 +550,11 @@ class CramTrainer(Trainer):
         for interval in self._intervals.values():
             interval.skip_to(self._elapsed_seconds, self.budget_fraction)
         if self.budget_fraction >= 1:
+            if self.state.global_step == 0:
+                raise CheckpointError(
+                    f"{self.output_dir}: all of time_budget ({format_duration(self.args.time_budget_seconds or 0)}) was "
+                    "used before the first step: raise it, or start anew without --resume_from_checkpoint"
+                )
             logger.warning("The budget of this run is used up: no step is taken")
             self.clock.stop()
             self.control.should_training_stop = True
@@ -463,7 +574,11 @@ class CramTrainer(Trainer):
         for start in starts:
             is_last = start + size >= rows
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                micro_batch = {name: tensor[start : start + size] for name, tensor in inputs.items()}
+                micro_batch = {
+                    # Not the Trainer's copy, which waits for all that the GPU has been told to do before.
+                    name: tensor[start : start + size].to(self.args.device, non_blocking=True)
+                    for name, tensor in inputs.items()
+                }
                 loss = loss + super().training_step(model, micro_batch, num_items_in_batch)
         self._step_loss = loss
         self.run_state.rows_seen += rows * self.args.world_size
@@ -490,7 +605,10 @@ class CramTrainer(Trainer):
             return grad_norm
         # Without gradients the optimiser leaves weights and moments as they are.
         model.zero_grad(set_to_none=True)
-        self._nonfinite_in_a_row += 1
+        # The scale of fp16's loss is found by gradients that are too large, down to 1.
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() <= 1:
+            self._nonfinite_in_a_row += 1
         self.run_state.skipped_steps += 1
         logger.warning("Step %d skipped: its loss or gradient is not finite", self.state.global_step + 1)
         if self._nonfinite_in_a_row >= self.args.max_nonfinite_steps:
@@ -503,14 +621,15 @@ class CramTrainer(Trainer):
         raise NonFiniteError(
             f"{self._nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite. The weights before "
             f"them are in {self.output_dir / f'checkpoint-{self.state.global_step}'}: lower learning_rate "
-            "or max_grad_norm, or use bf16: false, and continue with --resume_from_checkpoint true"
+            "or max_grad_norm, or use neither bf16 nor fp16, and continue with --resume_from_checkpoint true"
         )
 
     # ---- Evaluating, saving, resuming ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started = time.monotonic()
-        with keep_random_state():
+        memory = memory_errors("per_device_eval_batch_size", self.args.per_device_eval_batch_size)
+        with keep_random_state(), memory:
             metrics = super().evaluate(*args, **kwargs)
         self._eval_seconds = max(self._eval_seconds or 0.0, time.monotonic() - started)
         return metrics
@@ -531,6 +650,7 @@ class CramTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     self.run_state.elapsed_seconds = self.clock.elapsed_seconds
+                    self.run_state.optimizer = self._optimizer_name
                     staged = output_dir / STAGING_NAME / name
                     self.run_state.save(staged)
                     publish_checkpoint(staged, output_dir)
@@ -620,7 +740,7 @@ class CramTrainer(Trainer):
             flops = rows * self._row_flops / seconds / self.args.world_size
             logs["model_flops_per_second"] = flops * self.args.world_size
             logs["matmul_peak_share"] = flops / self.matmul_peak
-            logs["batch_rows"] = self._batch_rows()
+            logs["batch_rows"] = self._batch_rows(self.budget_fraction)
             logs["skipped_steps"] = self.run_state.skipped_steps
             logs.update(self._follower_logs)
             self._last_log = self._counts()
@@ -645,6 +765,16 @@ class CramTrainer(Trainer):
         if self.clock.time_budget_seconds is not None:
             metrics["time_budget_seconds"] = self.clock.time_budget_seconds
         return metrics
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """In a loader worker: what stops a run reaches all its processes, and the last step still needs its rows."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def seconds_left(elapsed_seconds: float, fraction: float) -> float:

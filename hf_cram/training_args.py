@@ -1,5 +1,6 @@
 """Arguments of a budgeted training run."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,16 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 
 from .budget import Interval, build_lr_schedule, parse_duration
+
+ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")
+
+
+def resume_choice(value: str | bool | None) -> str | bool | None:
+    """A checkpoint's folder, `True` for the last one, `None` for a new run; "true" and "false" are no folders."""
+    text = str(value).strip().lower()
+    if text == "true":
+        return True
+    return None if text in ("false", "none", "") else value
 
 
 @dataclass
@@ -80,6 +91,13 @@ class CramTrainingArguments(OpenPrecisionArguments):
             "for the rest. Default: AdamW for all."
         },
     )
+    embeddings_from_text: bool = field(
+        default=False,
+        metadata={
+            "help": "Start the word embeddings from which tokens stand near each other in the text, counted on the clock "
+            "in seconds, instead of noise."
+        },
+    )
     logging_interval: str | None = field(
         default=None, metadata={"help": "Log every '1%' of the budget, or every '30s' of the clock."}
     )
@@ -101,11 +119,11 @@ class CramTrainingArguments(OpenPrecisionArguments):
         default=None, metadata={"help": "Compile the model; default: where it can pay off inside the budget."}
     )
     save_strategy: SaveStrategy | str = field(
-        default="no", metadata={"help": "Save by steps or epochs instead of save_interval."}
+        default="no", metadata={"help": "Save by steps instead of save_interval."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     logging_strategy: IntervalStrategy | str = field(
-        default="no", metadata={"help": "Log by steps or epochs instead of logging_interval."}
+        default="no", metadata={"help": "Log by steps instead of logging_interval."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop columns the model does not take before the collator sees them."}
@@ -127,8 +145,10 @@ class CramTrainingArguments(OpenPrecisionArguments):
                 Interval(getattr(self, name))
         if self.eval_interval is not None:
             self.do_eval = True
-        # The batch sampler continues at the next unseen row by itself.
+        # The sampler continues at the next unseen row by itself.
         self.ignore_data_skip = True
+        self.resume_from_checkpoint = resume_choice(self.resume_from_checkpoint)  # type: ignore[assignment]
+        self.lr_scheduler_kwargs = read_schedule_shape(self.lr_scheduler_kwargs)
         super().__post_init__()
         build_lr_schedule(self.lr_schedule, self.lr_schedule_shape)
         self._check_batch()
@@ -136,7 +156,7 @@ class CramTrainingArguments(OpenPrecisionArguments):
     @property
     def lr_schedule_shape(self) -> dict[str, Any]:
         """Shape parameters of `lr_schedule`."""
-        return dict(self.lr_scheduler_kwargs) if isinstance(self.lr_scheduler_kwargs, dict) else {}
+        return dict(self.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
 
     @property
     def smallest_batch_rows(self) -> int:
@@ -153,6 +173,10 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(
                 "gradient_accumulation_steps follows from train_batch_rows here: set train_batch_rows instead"
             )
+        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+            if getattr(self, name) == "epoch":
+                interval = name.replace("strategy", "interval")
+                raise ValueError(f"{name}: epoch has no place under a budget: set {interval}, or {name}: steps")
         if self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end has no place under a budget: the last model is the result")
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE, "end", "every_save"):
@@ -165,16 +189,40 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(
                 "auto_find_batch_size restarts training inside the clock: set per_device_train_batch_size"
             )
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(f"per_device_train_batch_size must be at least 1, got {self.per_device_train_batch_size}")
         if not 0 <= self.batch_ramp_until <= 1:
             raise ValueError(f"batch_ramp_until is a fraction of the budget from 0 to 1, got {self.batch_ramp_until}")
         if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
             raise ValueError(f"muon_learning_rate must be above 0, got {self.muon_learning_rate}")
+        if self.muon_learning_rate is not None and (self.optim_args or self.optim not in ADAMW_NAMES):
+            raise ValueError(
+                "muon_learning_rate brings its own optimiser, with AdamW for the rest: leave out optim and optim_args, "
+                "or muon_learning_rate"
+            )
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}")
 
     def _check_batch(self) -> None:
-        if self.largest_batch_rows % self.smallest_batch_rows:
+        rows = self.smallest_batch_rows if self.train_batch_rows is None else self.train_batch_rows
+        if rows < 1 or rows % self.smallest_batch_rows:
             raise ValueError(
                 f"train_batch_rows ({self.train_batch_rows}) must be a multiple of {self.smallest_batch_rows} "
                 f"(per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes)"
             )
+
+
+def read_schedule_shape(given: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """
+    `lr_scheduler_kwargs` as numbers by name, from a dict or its JSON. A number in quotes is one too: YAML takes `1e-2`
+    for text. Raises `ValueError` for what is neither.
+    """
+    if given is None:
+        return None
+    try:
+        shape = json.loads(given) if isinstance(given, str) else given
+        return {name: float(value) if isinstance(value, str) else value for name, value in shape.items()}
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f'lr_scheduler_kwargs must be numbers by name, like {{"final_factor": 0.1}}, got {given!r}'
+        ) from None

@@ -1,5 +1,6 @@
 """What is measured and decided before training."""
 
+import pytest
 import torch
 from conftest import VOCAB_SIZE
 
@@ -8,6 +9,7 @@ from hf_cram.hardware import (
     bf16_is_faster,
     can_compile,
     compile_pays_off,
+    is_out_of_memory,
     largest_linear_shape,
     measure_matmul_flops,
     training_flops,
@@ -58,3 +60,13 @@ def test_compiling_is_for_budgets_that_repay_it(tiny_config, monkeypatch):
     with torch.device("meta"):
         deep = CrammedBertForMaskedLM(CrammedBertConfig(num_hidden_layers=48))
     assert not compile_pays_off(deep, CPU, 600.0)
+
+
+def test_running_out_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**16)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not is_out_of_memory(caught.value)

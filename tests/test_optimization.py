@@ -97,6 +97,56 @@ def test_a_loaded_state_goes_on_as_the_saved_one():
         assert torch.equal(parameter, clone)
 
 
+def test_a_state_moves_to_the_device_of_the_parameters():
+    def build(device):
+        parameters = [nn.Parameter(torch.ones(6, 3, device=device)), nn.Parameter(torch.ones(7, device=device))]
+        return parameters, MuonWithAdamW([{"params": parameters[:1], "parts": 1}, {"params": parameters[1:]}])
+
+    parameters, optimizer = build("cpu")
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    _, elsewhere = build("meta")
+    elsewhere.load_state_dict(optimizer.state_dict())
+    tensors = [tensor for state in elsewhere.state.values() for tensor in state.values()]
+    assert len(tensors) == 4
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_groups_keep_their_ratio_under_any_schedule():
+    groups = [{"params": [nn.Parameter(torch.ones(4, 4))], "parts": 1, "lr": 0.02},
+              {"params": [nn.Parameter(torch.ones(4))], "lr": 1e-3}]  # fmt: skip
+    optimizer = MuonWithAdamW(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step in range(1, 4):
+        optimizer.step()
+        schedule.step()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([0.02 / (1 + step), 1e-3 / (1 + step)])
+
+
+def test_a_scaled_loss_gives_the_same_step_and_an_overflow_none():
+    """fp16 training scales the loss; the scaler must not leave the unscaling to this optimiser, fused as it says it is."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(6, 3), torch.randn(7)]
+
+    def stepped(scale):
+        weights = [nn.Parameter(torch.ones(6, 3)), nn.Parameter(torch.ones(7))]
+        optimizer = MuonWithAdamW([{"params": weights[:1], "parts": 1}, {"params": weights[1:]}], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        for factor in (1.0, torch.inf):
+            loss = sum((weight * gradient).sum() for weight, gradient in zip(weights, gradients, strict=True))
+            scaler.scale(loss * factor if scale > 1 else loss).backward()
+            if scale > 1 or factor == 1:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        return weights
+
+    for scaled, plain in zip(stepped(1024.0), stepped(1.0), strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=0, atol=0)
+
+
 def test_muon_takes_the_matrices_of_the_layers_and_nothing_else(tiny_config):
     tiny_config.tie_word_embeddings = False
     model = CrammedBertForMaskedLM(tiny_config)
@@ -125,3 +175,9 @@ def test_muon_knows_the_layers_of_transformers_own_models():
         for parameter in group["params"]
     ]
     assert len(matrices) == 2 * 6  # query, key, value, attention output, two of the feed-forward block
+
+
+def test_muon_needs_layers(tiny_config):
+    tiny_config.num_hidden_layers = 0
+    with pytest.raises(ValueError, match="inside a model's layers .*, and CrammedBertForMaskedLM has none"):
+        muon_parameter_groups(CrammedBertForMaskedLM(tiny_config), 1e-3, 0.02, 0.0)

@@ -2,10 +2,13 @@
 
 import json
 import math
+import multiprocessing
+import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,9 @@ from transformers import BertConfig, BertForMaskedLM, TrainerCallback, ViTConfig
 
 from hf_cram import CrammedBertForMaskedLM
 from hf_cram.callbacks import LossCurveCallback
-from hf_cram.checkpointing import CheckpointError, RunState, last_checkpoint
+from hf_cram.checkpointing import CheckpointError, RunState, clear_staging, last_checkpoint, publish_checkpoint
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
+from hf_cram.hardware import MicroBatchMemoryError
 from hf_cram.trainer import CramTrainer, NonFiniteError
 from hf_cram.training_args import CramTrainingArguments
 
@@ -207,6 +211,72 @@ def test_stop_and_resume_equals_the_uninterrupted_run(tiny_config, tokenizer, tm
     assert second.run_state.elapsed_seconds > first.run_state.elapsed_seconds
 
 
+class NoisyRows(Rows):
+    """Rows whose words are replaced at random while they are read."""
+
+    def __getitem__(self, index):
+        row = self.rows[index].copy()
+        row[np.random.randint(len(row))] = 5 + int(torch.randint(VOCAB_SIZE - 5, ()))
+        return {"input_ids": row}
+
+
+@pytest.mark.parametrize("kind", [Rows, NoisyRows])
+def test_resuming_with_loader_workers_equals_the_uninterrupted_run(tiny_config, tokenizer, tmp_path, kind):
+    """Bit for bit, over a batch ramp and phases of the mask rate, which the workers read ahead of."""
+    settings = {
+        "max_steps": 10, "train_batch_rows": 16, "batch_ramp_until": 0.8, "rate": "0:0.4,0.6:0.2",
+        "save_interval": "100%", "dataset": kind(30),
+    }  # fmt: skip
+    workers = 0 if kind is Rows else 2  # what is drawn while reading differs between none and some
+    whole = make_trainer(tiny_config, tokenizer, tmp_path / "whole", dataloader_num_workers=workers, **settings)
+    whole.train()
+    settings["dataloader_num_workers"] = 2
+    make_trainer(tiny_config, tokenizer, tmp_path / "parts", callbacks=[StopAt(5)], **settings).train()
+    resumed = make_trainer(tiny_config, tokenizer, tmp_path / "parts", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.run_state.rows_seen == whole.run_state.rows_seen
+    assert_same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_a_resumed_run_takes_its_rates_from_its_own_arguments(tiny_config, tokenizer, tmp_path, muon):
+    settings = {"max_steps": 4, "lr_schedule": "constant", "save_interval": "50%"}
+    first = {"learning_rate": 1e-2, "weight_decay": 0.1, "adam_beta2": 0.98, "muon_learning_rate": muon}
+    make_trainer(tiny_config, tokenizer, tmp_path, callbacks=[StopAt(2)], **settings, **first).train()
+    now = {"learning_rate": 3e-3, "weight_decay": 0.0, "adam_beta2": 0.95, "muon_learning_rate": muon and 0.05}
+    second = make_trainer(tiny_config, tokenizer, tmp_path, **settings, **now)
+    second.train(resume_from_checkpoint=True)
+    groups = second.optimizer.param_groups
+    assert {group["lr"] for group in groups} == {3e-3} | ({0.05} if muon else set())
+    assert {(group["weight_decay"], group["betas"]) for group in groups} == {(0.0, (0.9, 0.95))}
+    assert second.state.log_history[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_was_measured_at_the_start_holds_when_resuming(tiny_config, tokenizer, tmp_path, monkeypatch, first):
+    """Another load on the machine must not change what a run computes."""
+    monkeypatch.setattr("hf_cram.trainer.can_compile", lambda device: True)
+    settings = {"max_steps": 4, "save_interval": "50%", "torch_compile": None, "time_budget": "1h"}
+
+    def session(measured, **options):
+        monkeypatch.setattr("hf_cram.trainer.bf16_is_faster", lambda *_: measured)
+        monkeypatch.setattr("hf_cram.trainer.compile_pays_off", lambda *_: False)
+        return make_trainer(tiny_config, tokenizer, tmp_path, **{**settings, "bf16": None, **options})
+
+    session(first, callbacks=[StopAt(2)]).train()
+    resumed = session(not first)
+    monkeypatch.setattr("hf_cram.trainer.compile_pays_off", lambda *_: True)
+    logits = []
+    resumed.model.decoder.register_forward_hook(lambda module, inputs, output: logits.append(output.dtype))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.args.bf16 is first
+    assert resumed.args.torch_compile is False
+    assert logits[-1] == (torch.bfloat16 if first else torch.float32)
+    told = session(first, bf16=not first, callbacks=[StopAt(3)])
+    told.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert told.args.bf16 is (not first)
+
+
 def test_resumed_clock_goes_on_where_it_was(tiny_config, tokenizer, tmp_path):
     first, _ = run_with_fake_clock(
         tiny_config, tokenizer, tmp_path, time_budget="100s", max_steps=6, save_interval="5s", seconds=10.0
@@ -231,6 +301,111 @@ def test_resumed_clock_goes_on_where_it_was(tiny_config, tokenizer, tmp_path):
     assert third.state.global_step == 6
 
 
+def test_a_run_without_a_step_is_no_result(tiny_config, tokenizer, tmp_path):
+    """Killed in its first step, with a clock that has run out meanwhile: there is nothing to save as a model."""
+    run_with_fake_clock(tiny_config, tokenizer, tmp_path, time_budget="10s", seconds=20.0)
+    assert last_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match="all of time_budget .0:00:10. was used before the first step: raise it"):
+        make_trainer(tiny_config, tokenizer, tmp_path, time_budget="10s").train(resume_from_checkpoint=True)
+    more = make_trainer(tiny_config, tokenizer, tmp_path, time_budget="1h", max_steps=1)
+    more.train(resume_from_checkpoint=True)
+    assert more.state.global_step == 1
+    assert more.run_state.elapsed_seconds > 20
+
+
+def test_resuming_before_the_last_checkpoint_sets_the_later_ones_aside(tiny_config, tokenizer, tmp_path, caplog):
+    settings = {"max_steps": 8, "save_interval": "25%", "save_total_limit": 5}
+    first = make_trainer(tiny_config, tokenizer, tmp_path, **settings)
+    first.train()
+    settings = {"max_steps": 8, "save_interval": "100%", "save_total_limit": 1}
+    second = make_trainer(tiny_config, tokenizer, tmp_path, callbacks=[StopAt(5)], **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    # What the run has just saved is its newest, and what it left stands where it is out of the way.
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert sorted(path.name for path in (tmp_path / "set-aside-1").iterdir()) == ["checkpoint-6", "checkpoint-8"]
+    assert "set-aside-1" in caplog.text
+    kept = CrammedBertForMaskedLM.from_pretrained(tmp_path / "set-aside-1" / "checkpoint-8")
+    assert_same(weights(first), kept.state_dict())
+
+
+def test_resuming_from_another_folder_leaves_the_run_that_is_here(tiny_config, tokenizer, tmp_path):
+    settings = {"save_interval": "50%", "max_steps": 4}
+    for name in ("here", "there"):
+        make_trainer(tiny_config, tokenizer, tmp_path / name, **settings).train()
+    resumed = make_trainer(tiny_config, tokenizer, tmp_path / "here", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "there" / "checkpoint-2"))
+    for name in ("here", "here.previous-1", "there"):
+        assert last_checkpoint(tmp_path / name).name == "checkpoint-4"
+    ids = {RunState.load(last_checkpoint(tmp_path / name)).run_id for name in ("here", "there")}
+    assert len(ids) == 1
+
+
+def test_a_folder_that_is_no_checkpoint_does_not_count_as_one(tiny_config, tokenizer, tmp_path):
+    (tmp_path / "checkpoint-999").mkdir()
+    make_trainer(tiny_config, tokenizer, tmp_path, max_steps=4, save_interval="50%", save_total_limit=1).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-999"]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path, monkeypatch):
+    def write(folder, text):
+        folder.mkdir(parents=True)
+        (folder / "cram_state.json").write_text(text)
+        return folder
+
+    write(tmp_path / "checkpoint-3", "old")
+    staged = write(tmp_path / ".saving" / "checkpoint-3", "new")
+    rename = os.rename
+
+    def rename_or_die(source, target):
+        if source == staged:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", rename_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        publish_checkpoint(staged, tmp_path)
+    monkeypatch.undo()
+    clear_staging(tmp_path)  # as the resumed run does
+    assert (last_checkpoint(tmp_path) / "cram_state.json").read_text() == "old"
+    publish_checkpoint(write(tmp_path / ".saving" / "checkpoint-3", "newer"), tmp_path)
+    clear_staging(tmp_path)
+    assert (last_checkpoint(tmp_path) / "cram_state.json").read_text() == "newer"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "cram_state.json", "../clock.json"]
+)
+def test_a_damaged_checkpoint_is_one_line(tiny_config, tokenizer, tmp_path, name):
+    settings = {"max_steps": 2, "save_interval": "100%"}
+    make_trainer(tiny_config, tokenizer, tmp_path, **settings).train()
+    path = last_checkpoint(tmp_path) / name
+    path.write_bytes(path.read_bytes()[:100] if path.suffix in (".safetensors", ".pt") else b"[]")
+    with pytest.raises(CheckpointError, match="checkpoint-2|clock.json") as caught:
+        make_trainer(tiny_config, tokenizer, tmp_path, **settings).train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_fp16_run_goes_on_without_fp16(tiny_config, tokenizer, tmp_path):
+    settings = {"max_steps": 4, "save_interval": "50%"}
+    make_trainer(tiny_config, tokenizer, tmp_path, callbacks=[StopAt(2)], **settings).train()
+    torch.save(torch.amp.GradScaler("cpu").state_dict(), last_checkpoint(tmp_path) / "scaler.pt")
+    resumed = make_trainer(tiny_config, tokenizer, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def test_a_checkpoint_of_something_else_is_one_line(tiny_config, tokenizer, tmp_path):
+    settings = {"max_steps": 4, "save_interval": "50%"}
+    make_trainer(tiny_config, tokenizer, tmp_path, callbacks=[StopAt(2)], **settings).train()
+    for other in ({"muon_learning_rate": 0.02}, {"optim": "adafactor"}):
+        with pytest.raises(CheckpointError, match="holds the state of AdamW, and the optimiser now is (Muon|Adaf)"):
+            make_trainer(tiny_config, tokenizer, tmp_path, **settings, **other).train(resume_from_checkpoint=True)
+    tiny_config.intermediate_size = 128
+    with pytest.raises(CheckpointError, match="cannot be loaded .*size mismatch") as caught:
+        make_trainer(tiny_config, tokenizer, tmp_path, **settings).train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_new_run_moves_the_earlier_one_aside(tiny_config, tokenizer, tmp_path, caplog):
     out = tmp_path / "out"
     first = make_trainer(tiny_config, tokenizer, out, max_steps=2, save_interval="50%")
@@ -253,6 +428,33 @@ def test_resuming_on_other_rows_is_refused(tiny_config, tokenizer, tmp_path):
     rows.dataset_id = "second"
     with pytest.raises(CheckpointError, match="has seen rows of the dataset first, and the one given now is second"):
         make_trainer(tiny_config, tokenizer, tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+def test_the_working_folder_is_not_moved(tiny_config, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_trainer(tiny_config, tokenizer, ".", max_steps=1, save_interval="100%").train()
+    with pytest.raises(CheckpointError, match="holds an earlier run and is .* the working folder"):
+        make_trainer(tiny_config, tokenizer, ".", max_steps=1).train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+class Terminate(TrainerCallback):
+    """SIGTERM to this process and its loader workers, as `timeout`, Slurm and a closed terminal send it."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            for process in (*multiprocessing.active_children(), None):
+                os.kill(process.pid if process else os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+
+def test_a_signal_to_the_loader_workers_too_saves_a_checkpoint(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path, max_steps=50, dataloader_num_workers=2, callbacks=[Terminate()]
+    )
+    trainer.train()
+    assert trainer.interrupted_by == signal.SIGTERM
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
 
 
 def test_resuming_needs_a_complete_checkpoint(tiny_config, tokenizer, tmp_path):
@@ -417,21 +619,118 @@ def test_loss_curve_and_tensorboard(tiny_config, tokenizer, tmp_path, monkeypatc
     )
 
 
+def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(tiny_config, tokenizer, tmp_path, caplog):
+    (tmp_path / "loss_curve.png").mkdir()
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1, callbacks=[LossCurveCallback()])
+    trainer.train()
+    assert "loss_curve.png could not be drawn" in caplog.text
+
+
 def test_wrong_arguments_are_one_line(tmp_path):
     for values, message in (
         ({}, "set time_budget"),
         ({"time_budget": "soon"}, "not a duration"),
         ({"time_budget": "5s", "lr_schedule": "trianglez"}, "did you mean 'triangle2'"),
         ({"time_budget": "5s", "train_batch_rows": 6}, "multiple of 4"),
+        ({"time_budget": "5s", "train_batch_rows": -4}, "multiple of 4"),
+        ({"time_budget": "5s", "per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"time_budget": "5s", "save_strategy": "epoch"}, "save_strategy: epoch .* set save_interval"),
         ({"time_budget": "5s", "gradient_accumulation_steps": 2}, "set train_batch_rows"),
         ({"time_budget": "5s", "batch_ramp_until": 2.0}, "fraction of the budget"),
         ({"time_budget": "5s", "save_interval": "now and then"}, "not an interval"),
         ({"time_budget": "5s", "hub_token": "secret"}, "HF_TOKEN"),
         ({"time_budget": "5s", "max_nonfinite_steps": 0}, "at least 1"),
+        ({"time_budget": "5s", "muon_learning_rate": 0.02, "optim": "adafactor"}, "leave out optim and optim_args"),
+        ({"time_budget": "5s", "muon_learning_rate": 0.02, "optim_args": "k=1"}, "leave out optim and optim_args"),
+        ({"time_budget": "5s", "lr_scheduler_kwargs": "peak_at=0.5"}, "lr_scheduler_kwargs must be numbers by name"),
+        (
+            {"time_budget": "5s", "lr_scheduler_kwargs": "{peak_at: 0.5}"},
+            "lr_scheduler_kwargs must be numbers by name",
+        ),
+        ({"time_budget": "5s", "lr_scheduler_kwargs": '{"peak_at": "late"}'}, "lr_scheduler_kwargs must be numbers"),
+        ({"time_budget": "5s", "lr_scheduler_kwargs": {"peak": 0.5}}, "no parameter 'peak'; did you mean 'peak_at'"),
+        ({"time_budget": "5s", "lr_scheduler_kwargs": {"peak_at": True}}, "a number from 0 to 1, got True"),
+        ({"time_budget": "5s", "lr_scheduler_kwargs": {"peak_at": [0.5]}}, "a number from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             make_arguments(tmp_path, **values)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given", ['{"final_factor": "1e-2", "peak_at": "0.5"}', {"final_factor": "1e-2", "peak_at": 0.5}]
+)
+def test_numbers_of_the_schedule_may_be_quoted(tmp_path, given):
+    """YAML takes 1e-2 for text."""
+    arguments = make_arguments(tmp_path, time_budget="5s", lr_scheduler_kwargs=given)
+    assert arguments.lr_schedule_shape == {"final_factor": 0.01, "peak_at": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("false", None), ("True", True), ("out/checkpoint-3",) * 2, (None, None)]
+)
+def test_resuming_can_be_said_in_words(tmp_path, given, expected):
+    assert make_arguments(tmp_path, max_steps=1, resume_from_checkpoint=given).resume_from_checkpoint == expected
+
+
+def test_false_is_no_checkpoint(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1)
+    trainer.train(resume_from_checkpoint="false")
+    assert trainer.state.global_step == 1
+
+
+def test_embeddings_start_from_the_text_once(tiny_config, tokenizer, tmp_path):
+    values = {"max_steps": 4, "embeddings_from_text": True, "learning_rate": 1e-4}
+    whole = make_trainer(tiny_config, tokenizer, tmp_path / "whole", **values)
+    words = whole.model.get_input_embeddings().weight[5:]
+    random_std = words.std().item()
+    whole.train()
+    assert words.std().item() > 2 * random_std
+    make_trainer(
+        tiny_config, tokenizer, tmp_path / "parts", callbacks=[StopAt(2)], save_interval="25%", **values
+    ).train()
+    resumed = make_trainer(tiny_config, tokenizer, tmp_path / "parts", **values)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(whole), weights(resumed))
+
+
+def test_evaluating_needs_rows(tiny_config, tmp_path):
+    arguments = make_arguments(tmp_path, max_steps=1, eval_interval="50%")
+    with pytest.raises(ValueError, match="there is no eval_dataset"):
+        CramTrainer(CrammedBertForMaskedLM(tiny_config), arguments, train_dataset=Rows(8))
+
+
+def test_the_launchers_fp16_counts_as_told(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    arguments = make_arguments(tmp_path, max_steps=1, bf16=None)
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):  # not trained in fp32 in silence
+        CramTrainer(CrammedBertForMaskedLM(tiny_config), arguments, train_dataset=Rows(8))
+
+
+def test_an_optimiser_of_ones_own_goes_without_muon(tiny_config, tokenizer, tmp_path):
+    model = CrammedBertForMaskedLM(tiny_config)
+    arguments = make_arguments(tmp_path, max_steps=1, muon_learning_rate=0.02)
+    with pytest.raises(ValueError, match="muon_learning_rate brings its own optimiser"):
+        CramTrainer(model, arguments, train_dataset=Rows(8), optimizers=(torch.optim.SGD(model.parameters()), None))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+     RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: ...")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_running_out_of_memory_names_what_to_lower(tiny_config, tokenizer, tmp_path, error):
+    def fail(module, inputs):
+        if module.training == (name == "per_device_train_batch_size 4"):
+            raise error
+
+    for name in ("per_device_train_batch_size 4", "per_device_eval_batch_size 8"):
+        trainer = make_trainer(tiny_config, tokenizer, tmp_path / name, max_steps=2, eval_interval="50%")
+        trainer.model.register_forward_pre_hook(fail)
+        with pytest.raises(MicroBatchMemoryError, match=f"memory ran out with {name}: lower it") as caught:
+            trainer.train()
+        assert "\n" not in str(caught.value)
 
 
 def test_datasets_that_cannot_resume_are_refused(tiny_config, tokenizer, tmp_path):
