@@ -30,7 +30,9 @@ from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
 from hf_cram.data.publish import PublishArguments, publish_if_asked
+from hf_cram.data.source_arguments import INSTALLED_DOCS
 from hf_cram.files import write_atomically
+from hf_cram.hardware import is_out_of_memory
 from hf_cram.launching import start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
@@ -65,6 +67,11 @@ def main() -> int:
     if training_args.device.type == "cpu":
         use_all_cores(os.environ)
 
+    if training_args.fp16 and training_args.device.type == "cpu":
+        raise ValueError("fp16: true needs a GPU, and none is here: set bf16: true, or leave out both")
+    if "max_seq_length" in parser.given or data_args.dataset_name in (None, INSTALLED_DOCS):
+        check_row_length(data_args.max_seq_length, model_args.max_position_embeddings)
+
     started = time.monotonic()
     if not is_main:
         data_args.overwrite_cache = False  # rank 0 has done so when the others look
@@ -81,8 +88,7 @@ def main() -> int:
         logger.info("Training reads the rows in their order (%s): train_sampling_strategy is sequential", row_order)
 
     trainer = build_trainer(corpus, model_args, masking_args, training_args)
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if trainer.interrupted_by is not None:
         logger.warning(
             "Stopped by %s with a checkpoint: continue with --resume_from_checkpoint true",
@@ -111,17 +117,21 @@ def tell_of(corpus: PreparedCorpus) -> None:
         logger.info("What preparing took:\n%s", corpus.table)
 
 
+def check_row_length(max_seq_length: int, max_position_embeddings: int) -> None:
+    if max_seq_length > max_position_embeddings:
+        raise DataError(
+            f"max_seq_length ({max_seq_length}) is beyond max_position_embeddings ({max_position_embeddings}): raise "
+            "the latter"
+        )
+
+
 def build_trainer(
     corpus: PreparedCorpus, model_args: Any, masking_args: MaskingArguments, training_args: CramTrainingArguments
 ) -> CramTrainer:
     """A fresh model on the corpus, masked as the recipe says, measured with masks that it does not change."""
     config = build_config(model_args, corpus.tokenizer)
-    max_seq_length = corpus.train_dataset.max_seq_length  # a published corpus brings its own
-    if max_seq_length > config.max_position_embeddings:
-        raise DataError(
-            f"max_seq_length ({max_seq_length}) is beyond max_position_embeddings "
-            f"({config.max_position_embeddings}): raise the latter"
-        )
+    # A published corpus brings its own length.
+    check_row_length(corpus.train_dataset.max_seq_length, config.max_position_embeddings)
     model = AutoModelForMaskedLM.from_config(config)
     collator = DataCollatorForFixedCountMasking(
         corpus.tokenizer,
@@ -199,7 +209,7 @@ def shareable(given: dict[str, Any]) -> dict[str, Any]:
 def is_local(name: str, value: Any) -> bool:
     """Whether a field of the recipe names text on this machine: a data set, or one of the sources of a mix."""
     if name == "dataset_name":
-        return Path(str(value)).exists()
+        return os.path.exists(str(value))
     sources = json.loads(value) if name == "sources" and isinstance(value, str) else value
     return name == "sources" and any(
         "train_files" in source or is_local("dataset_name", source.get("dataset_name"))
@@ -253,5 +263,8 @@ if __name__ == "__main__":
     try:
         start_missing_processes()
         sys.exit(main())
-    except (CheckpointError, DataError, NonFiniteError, ValueError) as error:
-        sys.exit(f"run_mlm_cram.py: error: {error}")
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        foreseen = isinstance(error, CheckpointError | NonFiniteError | OSError | ValueError)
+        if not foreseen and not is_out_of_memory(error):
+            raise
+        sys.exit(f"run_mlm_cram.py: error: {' '.join(str(error).split()) or 'memory ran out'}")

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from .data.errors import DataError
-from .data.pipeline import DataArguments, PreparedCorpus, open_cache, prepare_corpus
+from .data.pipeline import DataArguments, PreparedCorpus, open_cache, prepare_corpus, published_corpus
 from .data.publish import publish_if_asked
 from .data.sources import TextSource
 from .recipes import RecipeParser
 from .script_args import RECIPE_PARTS
 from .text_budget import is_limit_wanted, limit_text_to_budget
 from .training_args import CramTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m hf_cram.data.pipeline"
 
@@ -53,9 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("hf_cram").setLevel(logging.INFO)
     try:
-        if is_limit_wanted(data_args, text_args) and not prepare_args.dry_run:
-            training_args = _training_args(training_fields)
-            limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
+        if is_limit_wanted(data_args, text_args):
+            try:
+                training_args = _training_args(training_fields)
+                limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
+            except DataError as error:
+                if not prepare_args.dry_run:
+                    raise
+                logger.warning("All of the text is predicted, not what a run would read: %s", error)
         if prepare_args.dry_run:
             print(predict(data_args, prepare_args.dry_run_documents))
             return 0
@@ -65,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         address = publish_if_asked(corpus, publish_args, data_args)
         if address is not None:
             print(f"published at {address}")
-    except ValueError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+    except (MemoryError, OSError, ValueError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split()) or 'memory ran out'}", file=sys.stderr)
         return 1
     return 0
 
@@ -77,10 +84,12 @@ def _training_args(training_fields: TrainingFields) -> CramTrainingArguments:
         raise DataError(
             "nothing limits the text: put a training recipe first, or set max_train_tokens, or text_for_budget: false"
         )
-    if training_fields.fp16 and not torch.cuda.is_available():
+    asked_for = "fp16" if training_fields.fp16 else "bf16" if training_fields.bf16 else None
+    if asked_for and not torch.cuda.is_available() and not (asked_for == "bf16" and training_fields.use_cpu):
         raise DataError(
-            "the recipe trains in fp16, on a GPU that is not here, and its text follows from that one's speed: set "
-            "max_train_tokens (a run logs the number it takes), and set the same for the run; or text_for_budget: false"
+            f"the recipe trains in {asked_for}, on a GPU that is not here, and its text follows from that one's speed: "
+            "set max_train_tokens (a run logs the number it takes), and set the same for the run; or text_for_budget: "
+            "false; or use_cpu: true with bf16 where a CPU trains it"
         )
     given = {spec.name: getattr(training_fields, spec.name) for spec in fields(training_fields) if spec.init}
     return CramTrainingArguments(**given)
@@ -99,26 +108,32 @@ def describe(corpus: PreparedCorpus) -> str:
 def predict(arguments: DataArguments, num_documents: int) -> str:
     """
     Totals of the whole text, from its first documents: prepared in a temporary folder, and multiplied by the share of
-    the text that they are. "unknown" where the size of a source is.
+    the text that they are, or of what its limit leaves of it. "unknown" where neither is known.
     """
+    if published_corpus(arguments) is not None:
+        raise DataError(f"data set {arguments.dataset_name!r} holds prepared rows: there is nothing to predict")
     documents, characters, total = _measure(arguments, num_documents)
     folder = Path(tempfile.mkdtemp(prefix="hf_cram-dry-run-"))
+    texts = open_cache(arguments).absolute() / "texts"
     try:
+        if texts.exists():  # the documentation of installed packages, extracted by now
+            (folder / "texts").symlink_to(texts)
         corpus = prepare_corpus(
             replace(
                 arguments, max_documents=documents, max_train_tokens=None, cache_dir=str(folder), overwrite_cache=False
             )
         )
-        disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        fixed, growing = _bytes_on_disk(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     lines = [describe(corpus), f"of the first {documents:,} documents. The whole text is predicted to have:"]
-    if total is None:
-        return "\n".join([*lines, "unknown: a source does not tell its size"])
     statistics = corpus.statistics
-    scale = total / characters
+    scales = [] if total is None else [total / characters]
     if arguments.token_limit is not None:
-        scale = min(scale, arguments.token_limit / statistics["tokens"])
+        scales.append(arguments.token_limit / statistics["tokens"])
+    if not scales:
+        return "\n".join([*lines, "unknown: a source does not tell its size"])
+    scale = min(scales)
     totals = {
         "documents read": f"{documents * scale:,.0f}",
         "characters read": f"{characters * scale:,.0f}",
@@ -126,9 +141,18 @@ def predict(arguments: DataArguments, num_documents: int) -> str:
         "tokens kept": f"{statistics['tokens'] * scale:,.0f}",
         "rows": f"{statistics['tokens'] * scale / arguments.max_seq_length:,.0f}",
         "hours": f"{_predict_seconds(statistics['steps'], scale, arguments) / 3600:,.2f}",
-        "GB on disk": f"{disk * scale / 1e9:,.2f}",
+        "GB on disk": f"{(fixed + growing * scale) / 1e9:,.2f}",
     }
     return "\n".join([*lines, *(f"{name:<16}{value:>20}" for name, value in totals.items())])
+
+
+def _bytes_on_disk(folder: Path) -> tuple[int, int]:
+    """Bytes of a cache that are about the same for any text, of tokenizers and counts, and bytes that grow with it."""
+    sizes = [0, 0]
+    for name in ("tokenizers", "tokens", "corpora", "near_duplicates", "deduplicated"):
+        for path in (folder / name).rglob("*"):
+            sizes[path.suffix != ".json"] += path.stat().st_size if path.is_file() else 0
+    return sizes[0], sizes[1]
 
 
 def _predict_seconds(steps: list[dict[str, Any]], scale: float, arguments: DataArguments) -> float:

@@ -1,24 +1,50 @@
 """Recipes: YAML files of dataclass fields, which the command line overrides."""
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .configuration_crammed_bert import CrammedBertConfig
 from .data.errors import nearest
 
 # Follow from the tokenizer.
 TOKENIZER_FIELDS = ("vocab_size", "pad_token_id")
+SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+    "classifier_hidden_size",
+)  # fmt: skip
 
 
 def _plain_type(annotation: Any) -> Any:
     """`float | int` as `float`: a parser converts to one type."""
     return float if set(get_args(annotation)) == {float, int} and get_origin(annotation) is not None else annotation
+
+
+def _check_model(arguments: Any) -> None:
+    """Raises `ValueError` for a model that cannot be built, before any text is prepared for it."""
+    values = {spec.name: getattr(arguments, spec.name) for spec in fields(arguments)}
+    for name in ("hidden_act", "classifier_activation"):
+        if values[name] not in ACT2FN:
+            raise ValueError(f"{name}: unknown activation {values[name]!r}{nearest(values[name], ACT2FN)}")
+    for name in SIZES:
+        if values[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {values[name]}")
+    for name in values:
+        if "dropout" in name and not 0 <= values[name] <= 1:
+            raise ValueError(f"{name} is a share from 0 to 1, got {values[name]}")
+    try:
+        CrammedBertConfig(**values)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 ModelArguments = make_dataclass(
@@ -28,6 +54,7 @@ ModelArguments = make_dataclass(
         for spec in fields(CrammedBertConfig)
         if spec.name in CrammedBertConfig.__annotations__ and spec.name not in TOKENIZER_FIELDS
     ],
+    namespace={"__post_init__": _check_model},
 )
 ModelArguments.__doc__ = "Every field of [`CrammedBertConfig`] but those that follow from the tokenizer."
 
@@ -44,9 +71,15 @@ class RecipeParser(HfArgumentParser):
     def __init__(self, dataclass_types: Any, **kwargs: Any):
         # An option that is almost one of ours is a mistake, not a short form.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        hints = {name: hint for part in self.dataclass_types for name, hint in get_type_hints(part).items()}
+        self._may_be_null = {
+            action.dest
+            for action in self._actions
+            if action.default is None or NoneType in get_args(hints.get(action.dest))
+        }
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """
@@ -64,14 +97,18 @@ class RecipeParser(HfArgumentParser):
             while arguments and arguments[0].endswith((".yaml", ".yml")):
                 self.set_defaults(**self._read_recipe(Path(arguments.pop(0))))
         try:
-            *dataclasses, unknown = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+            *dataclasses, unknown = self.parse_args_into_dataclasses(
+                arguments, return_remaining_strings=True, look_for_args_file=False
+            )
         except ValueError as error:
             self.error(str(error))
         for flag in unknown:
             if flag.startswith("--"):
                 self.error(f"unknown option {flag}{self._nearest(flag.lstrip('-').split('=')[0])}")
             self.error(f"unexpected argument {flag!r}: options are written --name value")
-        flags = {argument.lstrip("-").split("=")[0] for argument in arguments if argument.startswith("--")}
+        # Every spelling counts: --learning_rate, --learning-rate, --no_final_norm.
+        options = [self._option_string_actions.get(argument.split("=")[0]) for argument in arguments]
+        flags = {action.dest for action in options if action is not None}
         values = {spec.name: getattr(part, spec.name) for part in dataclasses for spec in fields(part)}
         self.given.update({name: values[name] for name in sorted(flags & values.keys())})
         return tuple(dataclasses)
@@ -85,26 +122,40 @@ class RecipeParser(HfArgumentParser):
             self.error(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}")
         if not isinstance(recipe, dict):
             self.error(f"recipe {path} must hold 'key: value' lines")
-        actions = {action.dest: action for action in self._actions}
-        defaults = {}
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        defaults: dict[str, Any] = {}
         for key, value in recipe.items():
             if key not in actions:
                 self.error(f"recipe {path}: unknown key {key!r}{self._nearest(str(key))}")
+            if value is None and key not in self._may_be_null:
+                self.error(f"recipe {path}: {key} needs a value; without its line it is {actions[key].default!r}")
             if isinstance(value, dict):
                 value = json.dumps(value, default=str)  # YAML takes 2024-01-01 for a date
             takes_list = actions[key].nargs in ("+", "*")
-            if isinstance(value, list) != takes_list and value is not None:
-                self.error(f"recipe {path}: {key} must be {'a list' if takes_list else 'one value'}, got {value!r}")
-            if takes_list:
-                defaults[key] = value
+            if isinstance(value, list) and not takes_list:
+                self.error(f"recipe {path}: {key} must be one value, got {value!r}")
+            if value is None:
+                defaults[key] = None
+            elif takes_list:
+                defaults[key] = self._convert_list(path, actions[key], value if isinstance(value, list) else [value])
             else:
                 # A string default goes through the same conversion as the command line, 1e-3 included.
-                defaults[key] = None if value is None else str(value)
+                defaults[key] = str(value)
             self._check_choice(path, key, defaults[key], actions[key])
-            self.given[key] = value
+            self.given[key] = defaults[key] if takes_list else value
             # A key of the recipe stands in for a required flag.
             actions[key].required = False
         return defaults
+
+    def _convert_list(self, path: Path, action: Any, values: list[Any]) -> list[Any]:
+        """The items of a list as the command line would convert them."""
+        for value in values:
+            if value is None or isinstance(value, list | dict):
+                self.error(f"recipe {path}: {action.dest} must be a list of plain values, got {values!r}")
+        try:
+            return [action.type(str(value)) for value in values]
+        except (ValueError, ArgumentTypeError):
+            self.error(f"recipe {path}: {action.dest} must be a list of {action.type.__name__}, got {values!r}")
 
     def _check_choice(self, path: Path, key: str, value: Any, action: Any) -> None:
         if (

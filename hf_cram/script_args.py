@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .configuration_crammed_bert import CrammedBertConfig
+from .data.collator import check_replacement, parse_phases
+from .data.languages import language_code
 from .data.pipeline import DataArguments
 from .data.publish import PublishArguments
 from .data.tokenization import load_tokenizer
@@ -20,6 +22,10 @@ class MaskingArguments:
     )
     mask_replace_prob: float = field(default=0.8, metadata={"help": "Share of them shown as [MASK]."})
     random_replace_prob: float = field(default=0.1, metadata={"help": "Share of them shown as a random token."})
+
+    def __post_init__(self) -> None:
+        parse_phases(str(self.mlm_probability))
+        check_replacement(self.mask_replace_prob, self.random_replace_prob)
 
 
 @dataclass
@@ -43,6 +49,9 @@ class CardArguments:
     model_license: str = field(
         default="apache-2.0", metadata={"help": "Licence of the model, an identifier of the Hub; none: left out."}
     )
+
+    def __post_init__(self) -> None:
+        self.language = language_code(self.language) or "none"
 
 
 RECIPE_PARTS = (

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from .data.collator import parse_phases
+from .data.errors import DataError
 from .data.pipeline import DataArguments, open_cache
+from .data.tokenizing import available_workers
 from .files import write_json_atomically
-from .hardware import bf16_is_faster, largest_linear_shape
+from .hardware import bf16_is_faster, largest_linear_shape, memory_errors
 from .script_args import MaskingArguments, TextBudgetArguments, planned_config
 from .trainer import keep_random_state
 from .training_args import CramTrainingArguments
+from .version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ def limit_text_to_budget(
     if not is_limit_wanted(data_args, text_args):
         return
     row_tokens = data_args.max_seq_length
-    limits = []
+    limits, why = [], f"{training_args.max_steps} steps"
     if training_args.max_steps > 0:
         limits.append(training_args.max_steps * training_args.largest_batch_rows * row_tokens)
     if training_args.time_budget_seconds is not None:
@@ -64,11 +68,12 @@ def limit_text_to_budget(
             speed = [_tokens_per_second(data_args, model_args, masking_args, training_args)]
         (tokens_per_second,) = broadcast_object_list(speed)
         limits.append(round_up(tokens_per_second * training_args.time_budget_seconds * RESERVE))
-        logger.info(
-            "The budget can consume about %s tokens at %s tokens/s: text is read until there are %s of them "
-            "(max_train_tokens)", f"{limits[-1] / RESERVE:,.0f}", f"{tokens_per_second:,.0f}", f"{min(limits):,}",
-        )  # fmt: skip
+        why = f"about {limits[-1] / RESERVE:,.0f} tokens at {tokens_per_second:,.0f} tokens/s"
     data_args.max_train_tokens = max(row_tokens, min(limits))
+    logger.info(
+        "The budget can consume %s: text is read for %s (the same elsewhere: --max_train_tokens %d)",
+        why, f"{data_args.max_train_tokens:,}", data_args.max_train_tokens,
+    )  # fmt: skip
 
 
 def round_up(number: float) -> int:
@@ -84,14 +89,22 @@ def _tokens_per_second(
     config = planned_config(model_args, data_args)
     rate = parse_phases(masking_args.mlm_probability)[0][1]
     batch = (training_args.per_device_train_batch_size, data_args.max_seq_length)
-    machine = _device_name(training_args.device)
-    setting = [config.to_diff_dict(), batch, rate, training_args.fp16, training_args.bf16, machine, torch.__version__]
+    machine = [_device_name(training_args.device), available_workers(None)]
+    versions = [torch.__version__, transformers.__version__, __version__]
+    setting = [config.to_diff_dict(), batch, rate, training_args.fp16, training_args.bf16, machine, versions]
     key = hashlib.blake2b(json.dumps(setting, default=str, sort_keys=True).encode(), digest_size=12).hexdigest()
     path = open_cache(data_args) / "speeds" / f"{key}.json"
     speed = None if data_args.overwrite_cache else _read_speed(path)
     if speed is None:
-        speed = measure_tokens_per_second(config, training_args, batch, rate)
-        write_json_atomically(path, {"tokens_per_second": speed})
+        with memory_errors("per_device_train_batch_size", batch[0]):
+            speed = measure_tokens_per_second(config, training_args, batch, rate)
+        try:
+            write_json_atomically(path, {"tokens_per_second": speed})
+        except OSError as error:
+            raise DataError(
+                f"the cache {path.parent} cannot be written ({error.strerror or error}): set cache_dir, or "
+                "max_train_tokens, which needs no measuring"
+            ) from error
     return speed * training_args.world_size
 
 

@@ -5,13 +5,16 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
 
 from hf_cram import text_budget
-from hf_cram.data.pipeline import DataArguments
+from hf_cram.data.pipeline import DataArguments, prepare_corpus
+from hf_cram.data.publish import export_corpus
 from hf_cram.prepare import main
 from hf_cram.recipes import ModelArguments
 from hf_cram.script_args import MaskingArguments, TextBudgetArguments
@@ -19,6 +22,7 @@ from hf_cram.text_budget import is_limit_wanted, limit_text_to_budget, measure_t
 from hf_cram.training_args import CramTrainingArguments
 
 WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
+DATA_FIELDS = ("train_files", "cache_dir", "vocab_size", "max_seq_length", "eval_rows")
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
@@ -112,6 +116,128 @@ def test_a_dry_run_of_a_small_text_or_a_limited_one_knows_where_it_ends(recipe, 
     assert totals["documents read"] < 1000
 
 
+CARD = """---
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  splits:
+  - {name: train, num_bytes: 1, num_examples: 3000}
+---
+"""
+
+
+@pytest.fixture(params=[False, True], ids=["table", "stream"])
+def hub_folder(request, tmp_path):
+    """A folder laid out like a data set of the Hub, and how to read it."""
+    rng = np.random.default_rng(1)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(5, 30))) for _ in range(3000)]
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for number in range(3):
+        table = pa.table({"text": lines[number * 1000 : (number + 1) * 1000]})
+        pq.write_table(table, tmp_path / "set" / "data" / f"train-0000{number}-of-00003.parquet")
+    (tmp_path / "set" / "README.md").write_text(CARD)
+    return ["--dataset_name", str(tmp_path / "set"), "--streaming", str(request.param)], lines
+
+
+def test_a_dry_run_of_a_data_set_predicts_its_totals(recipe, tmp_path, hub_folder, capsys):
+    named, lines = hub_folder
+    values = {**yaml.safe_load(recipe.read_text()), "drop_below_characters": None}
+    del values["train_files"]
+    recipe.write_text(yaml.safe_dump(values))
+    dry_run = [str(recipe), *named, "--dry_run", "true", "--dry_run_documents", "500"]
+    assert main([*dry_run, "--text_for_budget", "false"]) == 0
+    totals = predicted(capsys.readouterr().out)
+    assert totals["documents read"] == totals["documents kept"] == 3000
+    assert totals["characters read"] == pytest.approx(sum(map(len, lines)), rel=0.05)
+    assert main([*dry_run, "--max_documents", "2000", "--text_for_budget", "false"]) == 0
+    assert predicted(capsys.readouterr().out)["documents read"] == 2000
+    # What a run would read, by its budget, where the machine that trains can be known.
+    limited = ["--fp16", "false", "--max_steps", "10", "--time_budget", "1000h", "--per_device_train_batch_size", "64"]
+    assert main([*dry_run, *limited, "--use_cpu", "true", "--bf16", "false", "--text_for_budget", "true"]) == 0
+    assert predicted(capsys.readouterr().out)["tokens kept"] == 10 * 64 * 16 + 16 * 16
+    assert main([*dry_run, "--text_for_budget", "true"]) == 0
+    assert predicted(capsys.readouterr().out)["documents read"] == 3000
+
+
+def test_a_stream_that_does_not_tell_its_size_is_predicted_by_its_limit(recipe, tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    lines = (tmp_path / "text.txt").read_text().splitlines()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    values = yaml.safe_load(recipe.read_text())
+    del values["train_files"]
+    recipe.write_text(yaml.safe_dump({**values, "dataset_name": str(tmp_path / "set"), "streaming": True}))
+    dry_run = [str(recipe), "--dry_run", "true", "--dry_run_documents", "500"]
+    assert main([*dry_run, "--text_for_budget", "false"]) == 0
+    assert "unknown: a source does not tell its size" in capsys.readouterr().out
+    assert main([*dry_run, "--max_train_tokens", "100000"]) == 0
+    assert predicted(capsys.readouterr().out)["tokens kept"] == 100000 + 16 * 16
+
+
+def test_a_dry_run_multiplies_no_tokenizer(recipe, capsys):
+    values = yaml.safe_load(recipe.read_text())
+    sources = {"a": {"train_files": values.pop("train_files"), "max_passes": 1000}}
+    recipe.write_text(yaml.safe_dump({**values, "sources": sources}))
+    assert main([str(recipe), "--dry_run", "true", "--dry_run_documents", "50"]) == 0
+    totals = predicted(capsys.readouterr().out)
+    assert totals["documents read"] == pytest.approx(2_000_000, rel=0.1)
+    # Tokens and rows take 2 bytes a token each, and some for each document.
+    assert 4 * totals["tokens kept"] < totals["GB on disk"] * 1e9 < 7 * totals["tokens kept"]
+
+
+def test_a_dry_run_of_published_rows_is_one_line(recipe, tmp_path, capsys):
+    values = {**yaml.safe_load(recipe.read_text()), "drop_below_characters": None}
+    export_corpus(prepare_corpus(DataArguments(**{k: values[k] for k in DATA_FIELDS})), tmp_path / "published")
+    capsys.readouterr()
+    options = {"dataset_name": tmp_path / "published", "cache_dir": tmp_path / "other", "output_dir": "out"}
+    options |= {"max_seq_length": 16, "dry_run": "true", "text_for_budget": "false"}
+    assert main([word for name, value in options.items() for word in (f"--{name}", str(value))]) == 1
+    assert "holds prepared rows: there is nothing to predict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--fp16", "true"], "trains in fp16"), (["--fp16", "false", "--bf16", "true"], "trains in bf16"),
+     (["--fp16", "true", "--use_cpu", "true"], "trains in fp16")],
+)  # fmt: skip
+def test_the_speed_of_a_gpu_is_not_measured_without_one(recipe, capsys, options, told):
+    assert main([str(recipe), *options, "--text_for_budget", "true"]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert told in error[0]
+    assert "max_train_tokens" in error[0]
+
+
+def test_bf16_is_measured_where_a_cpu_is_meant(recipe, tmp_path, capsys):
+    options = ["--fp16", "false", "--bf16", "true", "--use_cpu", "true", "--text_for_budget", "true"]
+    assert main([str(recipe), *options, "--time_budget", "1s"]) == 0
+    assert len(list((tmp_path / "cache/speeds").iterdir())) == 1
+
+
+def test_what_a_machine_refuses_is_one_line(recipe, tmp_path, monkeypatch, capsys):
+    options = [str(recipe), "--fp16", "false", "--use_cpu", "true", "--bf16", "false", "--text_for_budget", "true"]
+
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    def too_large(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    for name, fault, told in (
+        ("write_json_atomically", read_only, "Read-only file system): set cache_dir, or max_train_tokens"),
+        ("measure_tokens_per_second", too_large, "memory ran out with per_device_train_batch_size 8: lower it"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(text_budget, name, fault)
+            assert main(options) == 1
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith("python -m hf_cram.data.pipeline: error: ")
+        assert told in error[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_cram.prepare.prepare_corpus", read_only)
+        assert main([*options[:1], "--text_for_budget", "false"]) == 1
+    assert "error: [Errno 30] Read-only file system" in capsys.readouterr().err
+
+
 def arguments(tmp_path, **training):
     data_args = DataArguments(cache_dir=str(tmp_path / "cache"), vocab_size=200, max_seq_length=16)
     values = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4}
@@ -136,7 +262,7 @@ def test_the_limit_is_what_the_budget_can_consume(tmp_path, monkeypatch, caplog)
     data_args, training_args = arguments(tmp_path, time_budget="100s")
     assert limited(data_args, training_args, text_for_budget=True) == 2_500_000
     assert measured == [(32, 200, (4, 16), 0.25)]
-    assert "until there are 2,500,000 of them (max_train_tokens)" in caplog.text
+    assert "text is read for 2,500,000 (the same elsewhere: --max_train_tokens 2500000)" in caplog.text
     # Another time the machine is slower: the number, and with it the rows, stay the same.
     monkeypatch.setattr(text_budget, "measure_tokens_per_second", lambda *args: 3.0)
     data_args, training_args = arguments(tmp_path, time_budget="100s")
@@ -147,6 +273,22 @@ def test_the_limit_is_what_the_budget_can_consume(tmp_path, monkeypatch, caplog)
     remembered.write_text("{")
     data_args, training_args = arguments(tmp_path, time_budget="100s")
     assert limited(data_args, training_args, text_for_budget=True) == 600
+
+
+def test_another_library_or_machine_is_measured_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_budget, "measure_tokens_per_second", lambda *_: 1000.0)
+    for changed, value in (
+        (None, None),
+        ("transformers.__version__", "0"),
+        ("__version__", "0"),
+        ("available_workers", lambda _: 99),
+    ):
+        with monkeypatch.context() as patch:
+            if changed is not None:
+                patch.setattr(f"hf_cram.text_budget.{changed}", value)
+            data_args, training_args = arguments(tmp_path, time_budget="100s")
+            limited(data_args, training_args, text_for_budget=True)
+    assert len(list((tmp_path / "cache/speeds").iterdir())) == 4
 
 
 def test_a_limit_is_for_streams_and_on_request(tmp_path):

@@ -106,11 +106,11 @@ def test_the_original_recipe_is_bert_base():
 def test_the_command_line_overrides_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "output_dir: out\ntime_budget: 600\nlearning_rate: 1e-3\nhidden_size: 64\nbf16: false\n"
+        "output_dir: out\ntime_budget: 600\nlearning_rate: 1e-3\nhidden_size: 48\nbf16: false\n"
         "train_files: [a.txt, b.txt]\nlr_schedule: flat_then_linear\nlr_scheduler_kwargs: {warmup: 0.1}\n"
     )
-    (model_args, data_args, _, training_args), parser = parse(recipe, "--learning_rate", "2e-4", "--hidden_size", 32)
-    assert (model_args.hidden_size, training_args.learning_rate) == (32, 2e-4)
+    (model_args, data_args, _, training_args), parser = parse(recipe, "--learning_rate", "2e-4", "--hidden_size", 24)
+    assert (model_args.hidden_size, training_args.learning_rate) == (24, 2e-4)
     assert training_args.time_budget_seconds == 600
     assert training_args.bf16 is False
     assert training_args.torch_compile is None
@@ -137,14 +137,14 @@ def test_every_training_recipe_takes_every_text(recipe, text, tmp_path):
 
 def test_later_recipes_and_then_the_command_line_override(tmp_path):
     first, second, third = (tmp_path / f"{name}.yaml" for name in ("first", "second", "third"))
-    first.write_text("output_dir: out\ntime_budget: 600\nhidden_size: 64\nlearning_rate: 1e-3\nmax_documents: 9\n")
-    second.write_text("hidden_size: 32\nmax_documents: null\nsources: {a: {dataset_name: b, weight: 2}}\n")
+    first.write_text("output_dir: out\ntime_budget: 600\nhidden_size: 48\nlearning_rate: 1e-3\nmax_documents: 9\n")
+    second.write_text("hidden_size: 24\nmax_documents: null\nsources: {a: {dataset_name: b, weight: 2}}\n")
     third.write_text("learning_rate: 2e-3\n")
     (model_args, data_args, _, training_args), parser = parse(first, second, third, "--learning_rate", "3e-3")
-    assert (model_args.hidden_size, training_args.learning_rate, data_args.max_documents) == (32, 3e-3, None)
+    assert (model_args.hidden_size, training_args.learning_rate, data_args.max_documents) == (24, 3e-3, None)
     assert data_args.named_sources()["a"].weight == 2
     assert parser.given["max_documents"] is None
-    assert (parser.given["learning_rate"], parser.given["hidden_size"], parser.given["time_budget"]) == (3e-3, 32, 600)
+    assert (parser.given["learning_rate"], parser.given["hidden_size"], parser.given["time_budget"]) == (3e-3, 24, 600)
     # What is written down of a recipe reads back as the same mix.
     (again,), _ = parse_text("--sources", parser.given["sources"])
     assert again.sources == data_args.sources
@@ -173,9 +173,20 @@ def test_a_mistake_in_a_later_recipe_names_its_file(tmp_path, capsys):
     [
         ("learning_rat: 1e-3", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         ("learning_rate: fast", "learning_rate"),
+        ("mlm_probability: 0.5,0.2", "a mask rate is a share"),
+        ("mask_replace_prob: 0.95", "together at most 1"),
         ("learning_rate: [1, 2]", "learning_rate must be one value"),
-        ("train_files: a.txt", "train_files must be a list"),
+        ("train_files: [a.txt, null]", "train_files must be a list of plain values"),
         ("hidden_size: 1.5", "hidden_size"),
+        ("hidden_size: null", "hidden_size needs a value; without its line it is 768"),
+        ("max_seq_length: null", "max_seq_length needs a value"),
+        ("lr_schedule:", "lr_schedule needs a value"),
+        ("sources: [a]", "sources must be one value"),
+        ("help: me", "unknown key 'help'"),
+        ("hidden_size: 100", "hidden_size (100) must be a multiple of num_attention_heads (12)"),
+        ("num_attention_heads: 0", "num_attention_heads must be at least 1, got 0"),
+        ("hidden_dropout_prob: 7", "hidden_dropout_prob is a share from 0 to 1, got 7"),
+        ("hidden_act: geluu", "hidden_act: unknown activation 'geluu'; did you mean 'gelu'?"),
         ("position_embedding_type: fourier", "position_embedding_type must be one of scaled_sinusoidal"),
         ("bf16: maybe", "bf16"),
         ("just text", "must hold 'key: value' lines"),
@@ -193,6 +204,36 @@ def test_a_mistake_in_a_recipe_is_one_line(tmp_path, capsys, content, message):
     assert error.startswith("cram: error: ")
 
 
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        (["--learning-rate", "2e-3"], "learning_rate", 2e-3),
+        (["--learning-rate=2e-3"], "learning_rate", 2e-3),
+        (["--no_final_norm"], "final_norm", False),
+        (["--no-final-norm"], "final_norm", False),
+        (["--train-files", "b.txt", "c.txt"], "train_files", ["b.txt", "c.txt"]),
+    ],
+)
+def test_every_spelling_of_a_flag_is_known_as_given(tmp_path, flag, name, value):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: out\ntime_budget: 5\nlearning_rate: 1e-3\nfinal_norm: true\ntrain_files: [a.txt]\n")
+    parts, parser = parse(recipe, *flag)
+    (part,) = (part for part in parts if hasattr(part, name))
+    assert getattr(part, name) == parser.given[name] == value
+
+
+def test_one_value_is_a_list_of_one_and_its_items_are_converted(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: out\ntime_budget: 5\ntrain_files: a.txt\n")
+    (_, data_args, _, _), parser = parse(recipe)
+    assert data_args.train_files == parser.given["train_files"] == ["a.txt"]
+    recipe.write_text("search_learning_rate: [1e-5, 3]\nsearch_num_train_epochs: 2\n")
+    _, glue, _ = parse_glue(recipe)
+    assert (glue.search_learning_rate, glue.search_num_train_epochs) == ([1e-5, 3.0], [2])
+    recipe.write_text("output_dir: out\ntime_budget: 5\ntrain_files: [2024]\n")
+    assert parse(recipe)[0][1].train_files == ["2024"]
+
+
 def test_a_mistake_on_the_command_line_is_one_line(capsys):
     recipe = REPOSITORY / "training_args/debug.yaml"
     assert "unknown option --learning_rat; did you mean 'learning_rate'?" in failure(
@@ -202,3 +243,4 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys):
     assert "cannot be read: No such file" in failure(capsys, "missing.yaml")
     assert "unexpected argument 'more'" in failure(capsys, recipe, "more")
     assert "set time_budget" in failure(capsys, "--output_dir", "out")
+    assert "(100) must be a multiple of" in failure(capsys, recipe, "--hidden_size", 100, "--num_attention_heads", 8)

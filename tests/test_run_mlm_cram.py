@@ -219,6 +219,7 @@ def test_a_launchers_single_thread_becomes_all_cores():
     [
         (["--train_files", "/missing/file.txt"], "/missing/file.txt: no such file or folder"),
         (["--max_position_embeddings", "16"], "raise the latter"),
+        pytest.param(["--output_dir", "/proc/out"], "No such file or directory: '/proc/out'", marks=pytest.mark.slow),
     ],
 )
 def test_a_users_mistake_is_one_line(text, tmp_path, python_environment, options, message):
@@ -227,6 +228,19 @@ def test_a_users_mistake_is_one_line(text, tmp_path, python_environment, options
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("run_mlm_cram.py: error: ")
     assert message in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--fp16", "true"], "needs a GPU"), (["--max_position_embeddings", "16"], "raise the latter")],
+)
+def test_what_cannot_train_is_told_before_the_text_is_prepared(text, tmp_path, monkeypatch, options, told):
+    import run_mlm_cram
+
+    monkeypatch.setattr(sys, "argv", arguments(text, tmp_path, "--max_steps", "2", "--use_cpu", "true", *options))
+    monkeypatch.setattr(run_mlm_cram, "prepare_corpus", lambda *_: pytest.fail("prepared"))
+    with pytest.raises(ValueError, match=told):
+        run_mlm_cram.main()
 
 
 # Forks a run whenever it is asked to: the imports are paid once, the runs are processes of their own.
