@@ -14,13 +14,13 @@ import sys
 import datasets
 
 import hf_cram  # noqa: F401 registers the crammed BERT with the Auto classes
+from hf_cram.data.errors import first_line
 from hf_cram.fine_tuning import EncoderArguments, FineTuningArguments
-from hf_cram.glue import GlueError
 from hf_cram.glue_outputs import RESULTS_NAME, results_table
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
+from hf_cram.hardware import OUT_OF_MEMORY, is_out_of_memory
 from hf_cram.hub import HubTarget, push_or_warn
 from hf_cram.launching import start_missing_processes, use_all_cores
-from hf_cram.model_card import ModelCardError
 from hf_cram.recipes import RecipeParser
 
 logger = logging.getLogger("hf_cram")
@@ -58,9 +58,24 @@ def push(run: GlueRun, training_args: FineTuningArguments) -> None:
     push_or_warn(folder, target, "Add GLUE results" if run.own_data is None else "Fine-tuned model")
 
 
+def explain(error: BaseException) -> str:
+    """What ended the run, in one line."""
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower --per_device_train_batch_size or --max_seq_length, and --per_device_eval_batch_size"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return first_line(error)
+
+
 if __name__ == "__main__":
     try:
         start_missing_processes()
         main()
-    except (GlueError, ModelCardError, ValueError) as error:
-        sys.exit(f"run_glue.py: error: {error}")
+    except (*OUT_OF_MEMORY, OSError, ValueError) as error:
+        sys.exit(f"run_glue.py: error: {explain(error)}")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"run_glue.py: error: {explain(error)}")

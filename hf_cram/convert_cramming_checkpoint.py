@@ -27,6 +27,8 @@ from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from .configuration_crammed_bert import CrammedBertConfig
+from .data.errors import DataError
+from .data.tokenization import read_tokenizer
 from .files import flush_to_disk
 from .modeling_crammed_bert import (
     CrammedBertForMaskedLM,
@@ -386,7 +388,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConversionError(f"there is no {path}: IN must be a folder with config.json and weights") from error
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read ({error}): is it truncated?") from error
     if not isinstance(values, dict):
         raise ConversionError(f"{path} is not an object of names and values")
@@ -494,11 +496,20 @@ def prepare(source: Path) -> tuple[Callable[[Path], object], str]:
     )
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise [`ConversionError`] where a tokenizer lies in `folder`, beside a model of ours, that does not load."""
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        try:
+            read_tokenizer(folder)
+        except DataError as error:
+            raise ConversionError(str(error)) from error
+
+
 def convert(source: Path, target: Path) -> str:
     """
     Convert the checkpoint `source`, a folder or a file of weights beside its `config.json`, into the folder `target`.
 
-    `target` is written whole or not at all; tokenizer files are copied. Returns the name of the new model's class.
+    `target` is written whole or not at all; tokenizer files are copied if they load. Returns the name of the new model's class.
     Raises [`ConversionError`] with one line for whatever is wrong with either.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -510,6 +521,7 @@ def convert(source: Path, target: Path) -> str:
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
+        check_tokenizer(folder if class_name in HEADS else staging)
     return class_name
 
 

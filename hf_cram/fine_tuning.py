@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,10 +33,13 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
+from .data.errors import DataError, first_line
+from .data.tokenization import read_tokenizer
 from .glue import GlueError, TaskData, encode
-from .hardware import bf16_trains_faster
+from .hardware import bf16_trains_faster, is_out_of_memory
 from .optimization import decayed_parameter_names
 from .training_args import OpenPrecisionArguments
 
@@ -44,6 +47,15 @@ logger = logging.getLogger(__name__)
 
 # Few different lengths: kernels are made for each shape on CPUs (oneDNN), and tensor cores want multiples of 8.
 PADDING_MULTIPLE = 8
+# The content of a checkpoint, as far as it decides the scores.
+HASHED_FILES = (
+    "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+# What a checkpoint with missing, damaged or contradictory files raises.
+LOADING_ERRORS = (
+    AttributeError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
 
 
 @dataclass
@@ -73,6 +85,10 @@ class EncoderArguments:
         metadata={"help": "Run modelling code that lies in the checkpoint (hf_cram's own needs no such)."},
     )
 
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 8:
+            raise ValueError(f"max_seq_length must be at least 8 tokens, got {self.max_seq_length}")
+
 
 @dataclass
 class FineTuningArguments(OpenPrecisionArguments):
@@ -100,7 +116,8 @@ class FineTuningArguments(OpenPrecisionArguments):
         default=1.0, metadata={"help": "Learning rate of the new head in multiples of learning_rate."}
     )
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length pads least; random, sequential."}
+        default="group_by_length",
+        metadata={"help": "group_by_length pads least.", "choices": ["group_by_length", "random", "sequential"]},
     )
     save_strategy: SaveStrategy | str = field(default="no", metadata={"help": "Trainer checkpoints within a task."})
     logging_strategy: IntervalStrategy | str = field(default="no", metadata={"help": "Trainer logs within a task."})
@@ -114,6 +131,8 @@ class FineTuningArguments(OpenPrecisionArguments):
         for name in ("layer_lr_decay", "head_lr_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.optim_args or self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError("fine-tuning is done with AdamW, by the paper's protocol: leave out optim and optim_args")
 
     def with_seed(self, seed: int) -> "FineTuningArguments":
         """A copy for one seed."""
@@ -162,16 +181,19 @@ class PairResult:
 
 def fingerprint(encoder: EncoderArguments) -> str:
     """
-    A hash of what is fine-tuned: the settings of the encoder, and the name on the Hub or, of a local folder, the content
-    of config, weights and tokenizer.
+    A hash of what is fine-tuned: the settings of the encoder, and the name and commit on the Hub or, of a local folder,
+    the content of config, weights and tokenizer.
     """
     settings = asdict(encoder)
     del settings["trust_remote_code"]
     folder = Path(encoder.model_name_or_path)
     if folder.is_dir():
         del settings["model_name_or_path"]
-    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "vocab*")
-    return hash_of(settings, sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}))
+        return hash_of(
+            settings, sorted({file for pattern in HASHED_FILES for file in folder.glob(pattern) if file.is_file()})
+        )
+    config_file = cached_file(encoder.model_name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
+    return hash_of({**settings, "commit": extract_commit_hash(config_file, None)})
 
 
 def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:
@@ -184,32 +206,55 @@ def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:
 
 
 def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises [`GlueError`] where there is none."""
+    """
+    The checkpoint's tokenizer, which tells the texts of a pair apart (`token_type_ids`) where the classifier's pooling
+    does. Raises [`GlueError`] where there is none.
+    """
+    pooling = getattr(load_config(encoder), "classifier_pooling", None)
     try:
-        return AutoTokenizer.from_pretrained(encoder.model_name_or_path, trust_remote_code=encoder.trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = read_tokenizer(encoder.model_name_or_path, encoder.trust_remote_code)
+    except DataError as error:
+        raise GlueError(f"model_name_or_path: {error}") from error
+    if tokenizer.pad_token is None:
+        raise GlueError(f"model_name_or_path: the tokenizer of {encoder.model_name_or_path} has no pad_token: set one")
+    if pooling == "segments" and "token_type_ids" not in tokenizer.model_input_names:
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "token_type_ids"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # so that it is saved with the model
+    return tokenizer
+
+
+def load_config(encoder: EncoderArguments, **kwargs: Any) -> Any:
+    """The checkpoint's configuration with the encoder's dropout and pooling. Raises [`GlueError`]."""
+    try:
+        config = AutoConfig.from_pretrained(
+            encoder.model_name_or_path, trust_remote_code=encoder.trust_remote_code, **kwargs
+        )
+    except LOADING_ERRORS as error:
         raise GlueError(
-            f"model_name_or_path: no tokenizer loads from {encoder.model_name_or_path}: {first_line(error)}"
+            f"model_name_or_path: no configuration loads from {encoder.model_name_or_path}: {cause(error)}"
         ) from error
+    set_dropout(config, encoder.dropout)
+    set_pooling(config, encoder.pooling)
+    return config
 
 
 def longest_example(encoder: EncoderArguments, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest example: `max_seq_length`, or what tokenizer and model can take where that is less."""
-    try:
-        config = AutoConfig.from_pretrained(
-            encoder.model_name_or_path, trust_remote_code=encoder.trust_remote_code
-        ).to_dict()
-    except (OSError, ValueError) as error:
-        raise GlueError(
-            f"model_name_or_path: no configuration loads from {encoder.model_name_or_path}: {first_line(error)}"
-        ) from error
-    positions = config.get("max_position_embeddings") or encoder.max_seq_length
-    return min(encoder.max_seq_length, tokenizer.model_max_length, positions)
+    """
+    Tokens of the longest example: `max_seq_length`, or what tokenizer and model can take, padding included, where that
+    is less.
+    """
+    positions = load_config(encoder).to_dict().get("max_position_embeddings") or encoder.max_seq_length
+    longest = min(encoder.max_seq_length, tokenizer.model_max_length)
+    padded = -longest % PADDING_MULTIPLE + longest
+    return longest if padded <= positions else positions // PADDING_MULTIPLE * PADDING_MULTIPLE or positions
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0]
+def cause(error: BaseException) -> str:
+    """What went wrong, in one line: the first of a long story, all of a validation's."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())
+    is_bare = isinstance(error, AttributeError | LookupError | TypeError)
+    return f"{type(error).__name__}: {first_line(error)}" if is_bare else first_line(error)
 
 
 def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedModel:
@@ -222,15 +267,12 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
     kwargs: dict[str, Any] = {
         "num_labels": max(1, len(labels)),
         "problem_type": "single_label_classification" if labels else "regression",
-        "trust_remote_code": encoder.trust_remote_code,
     }
     if labels:
         kwargs["id2label"] = dict(enumerate(labels))
         kwargs["label2id"] = {label: number for number, label in enumerate(labels)}
+    config = load_config(encoder, **kwargs)
     try:
-        config = AutoConfig.from_pretrained(encoder.model_name_or_path, **kwargs)
-        set_dropout(config, encoder.dropout)
-        set_pooling(config, encoder.pooling)
         if encoder.from_scratch:
             return AutoModelForSequenceClassification.from_config(
                 config, dtype=torch.float32, trust_remote_code=encoder.trust_remote_code
@@ -243,14 +285,19 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
             output_loading_info=True,
             trust_remote_code=encoder.trust_remote_code,
         )
-    except GlueError:
-        raise
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise GlueError(
-            f"model_name_or_path: {encoder.model_name_or_path} does not load as a sequence classifier: "
-            f"{first_line(error)}"
+            f"model_name_or_path: {encoder.model_name_or_path} does not load as a sequence classifier: {cause(error)}"
         ) from error
-    missing = [name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")]
+    encoder_prefix = f"{model.base_model_prefix}."
+    if misshapen := [name for name, *_ in info["mismatched_keys"] if name.startswith(encoder_prefix)]:
+        raise GlueError(
+            f"model_name_or_path: {len(misshapen)} weights of {encoder.model_name_or_path} do not have the shapes that "
+            f"its config.json says, {min(misshapen)} among them"
+        )
+    missing = [name for name in info["missing_keys"] if name.startswith(encoder_prefix)]
     if missing:
         logger.warning(
             "%d weights of the encoder are not in %s and start at random, %s among them",
@@ -346,6 +393,12 @@ class EncodedTask:
     validation: dict[str, list[dict[str, Any]]]
     test: dict[str, list[dict[str, Any]]]
 
+    @property
+    def largest_token_id(self) -> int:
+        """The largest token id of all splits."""
+        splits = [self.train, *self.validation.values(), *self.test.values()]
+        return max(max(example["input_ids"], default=0) for split in splits for example in split)
+
 
 def encode_task(
     data: TaskData,
@@ -382,6 +435,7 @@ class FineTuner:
         score: Callable[[np.ndarray, Sequence[Any]], dict[str, float]],
         advance: Callable[[float], None] = lambda share: None,
         save_to: Path | None = None,
+        working_folder: Path | None = None,
     ) -> PairResult:
         """
         Fine-tune on `task` with `seed` and score the last weights on its validation splits.
@@ -390,12 +444,13 @@ class FineTuner:
             score: `(predictions, references) -> {metric: value}`; predictions are classes, or values of a regression.
             advance: told the share of the training that each step was.
             save_to: folder for the fine-tuned model.
+            working_folder: where the Trainer writes, and deletes, its checkpoints; default: `output_dir`.
         """
         args = self.args.with_seed(seed)
+        if working_folder is not None:
+            args.output_dir = str(working_folder)
         set_seed(seed)
-        with quiet_loading():
-            model = build_classifier(self.encoder, task.data)
-        model.to(args.device)  # type: ignore[arg-type]
+        model = self._build_classifier(task)
         set_seed(seed)  # the head of one architecture draws more numbers than that of another
         trainer = OrderedEvaluationTrainer(
             model,
@@ -419,6 +474,18 @@ class FineTuner:
             trainer.save_model(str(save_to))
         return PairResult(scores, test_outputs, seconds, float(trainer.state.epoch or 0) * len(task.train) / seconds)
 
+    def _build_classifier(self, task: EncodedTask) -> PreTrainedModel:
+        """The classifier on its device. Raises [`GlueError`] where it has no embedding for a token of the task."""
+        with quiet_loading():
+            model = build_classifier(self.encoder, task.data)
+        vocab_size = model.config.to_dict().get("vocab_size")
+        if vocab_size is not None and task.largest_token_id >= vocab_size:
+            raise GlueError(
+                f"model_name_or_path: the tokenizer of {self.encoder.model_name_or_path} gives token "
+                f"{task.largest_token_id}, but its model has embeddings for {vocab_size} only"
+            )
+        return model.to(self.args.device)  # type: ignore[arg-type]
+
     def _optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
         args = self.args
         groups = parameter_groups(
@@ -429,9 +496,7 @@ class FineTuner:
 
     def prefers_bf16(self, task: EncodedTask) -> bool:
         """Whether bf16 autocast is faster than fp32 here, measured on a batch of middling length."""
-        with quiet_loading():
-            model = build_classifier(self.encoder, task.data)
-        model.to(self.args.device)  # type: ignore[arg-type]
+        model = self._build_classifier(task)
         by_length = sorted(task.train, key=lambda example: len(example["input_ids"]))
         middle = max(0, len(by_length) // 2 - self.args.train_batch_size // 2)
         collator = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=PADDING_MULTIPLE)

@@ -1,5 +1,6 @@
 """The GLUE tasks: what they are, where their text comes from, how they are scored and averaged."""
 
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from .budget import did_you_mean
@@ -18,6 +20,10 @@ from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS
 METRIC_PATH = str(Path(__file__).with_name("glue_metric.py"))
 GLUE_NAME = "nyu-mll/glue"
 DIAGNOSTIC = "ax"  # predicted by the model of MNLI, and part of a submission
+# What somebody else's metric may raise, from its script's syntax to its demands on predictions.
+METRIC_ERRORS = (
+    ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 EXTENSIONS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -77,7 +83,7 @@ TASKS = {
 }
 # The columns of the average: MNLI counts twice, WNLI not at all.
 COLUMNS = tuple(GLUE_COLUMNS)
-RESERVED_NAMES = {*TASKS, *COLUMNS, DIAGNOSTIC, "predictions"}
+RESERVED_NAMES = {*TASKS, *COLUMNS, DIAGNOSTIC, "predictions", "checkpoints"}
 
 
 @dataclass
@@ -107,6 +113,8 @@ def choose_tasks(names: str | None, glue_data: str | None) -> list[Task]:
         for name in chosen:
             if name not in TASKS:
                 raise GlueError(f"tasks: unknown task {name!r}{did_you_mean(name, TASKS)}")
+        if not chosen:
+            raise GlueError(f"tasks: no task in {names!r}: name some of {', '.join(TASKS)}")
         return [TASKS[name] for name in dict.fromkeys(chosen)]
     tasks = [task for task in TASKS.values() if glue_data is None or (Path(glue_data) / task.name).is_dir()]
     if not tasks:
@@ -133,7 +141,7 @@ def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
     if glue_data is None:
         try:
             return load_dataset(GLUE_NAME, name)
-        except (DatasetNotFoundError, ConnectionError, OSError) as error:
+        except (DatasetsError, ValueError, OSError) as error:
             raise GlueError(
                 f"{GLUE_NAME} ({name}) cannot be loaded: {' '.join(str(error).split())}; "
                 "give a folder laid out like it with --glue_data"
@@ -144,10 +152,19 @@ def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
         files.setdefault(path.name.split("-")[0], []).append(str(path))
     if not files:
         raise GlueError(f"glue_data: no <split>-*.parquet in {folder}")
+    return DatasetDict(
+        {split: _read("parquet", paths, f"glue_data: {folder}, {split}") for split, paths in files.items()}
+    )
+
+
+def _read(kind: str, paths: str | list[str], place: str) -> Dataset:
+    """The rows of files. Raises [`GlueError`], naming the `place`, where they cannot be read or are none."""
     try:
-        return load_dataset("parquet", data_files=files)
+        return load_dataset(kind, data_files=paths, split="train")
     except (DatasetsError, ValueError, OSError) as error:
-        raise GlueError(f"glue_data: {folder} cannot be read: {_cause(error)}") from error
+        if "corresponds to no data" in str(error):
+            raise GlueError(f"{place} holds no rows") from error
+        raise GlueError(f"{place} cannot be read as {kind}: {_cause(error)}") from error
 
 
 def _cause(error: BaseException) -> str:
@@ -156,21 +173,34 @@ def _cause(error: BaseException) -> str:
 
 
 def _pick_splits(task: Task, splits: DatasetDict, source: str) -> TaskData:
-    for split in ("train", *task.validation_splits.values()):
+    labelled = ("train", *task.validation_splits.values())
+    for split in labelled:
         if split not in splits:
             raise GlueError(f"{task.name}: {source} has no split {split!r} (it has {', '.join(splits)})")
-        for column in (*task.text_columns, "label"):
+    tests = {name: split for name, split in task.test_splits.items() if split in splits}
+    for split in (*labelled, *tests.values()):
+        place = f"{task.name}: {source}, {split}"
+        for column in (*task.text_columns, *(["label"] if split in labelled else [])):
             if column not in splits[split].column_names:
-                raise GlueError(
-                    f"{task.name}: {source}, {split}, has no column {column!r} "
-                    f"(it has {', '.join(splits[split].column_names)})"
-                )
+                raise GlueError(f"{place}, has no column {column!r} (it has {', '.join(splits[split].column_names)})")
+        if split in labelled:
+            _check_labels(task, splits[split], place)
     return TaskData(
         task,
         splits["train"],
         {column: splits[split] for column, split in task.validation_splits.items()},
-        {name: splits[split] for name, split in task.test_splits.items() if split in splits},
+        {name: splits[split] for name, split in tests.items()},
     )
+
+
+def _check_labels(task: Task, dataset: Dataset, place: str) -> None:
+    """Raise [`GlueError`] for a label that is no class of the task, such as a test split's -1, or no finite value."""
+    classes = range(len(task.label_names))
+    for value in dataset.unique("label"):
+        is_right = value in classes if task.label_names else value is not None and math.isfinite(value)
+        if not is_right:
+            expected = f"class from 0 to {len(classes) - 1}" if task.label_names else "finite number"
+            raise GlueError(f"{place}: label {value!r} is no {expected}")
 
 
 def load_own_task(
@@ -193,6 +223,8 @@ def load_own_task(
     if name in RESERVED_NAMES or not re.fullmatch(r"[\w-]+", name):
         raise GlueError(f"task_name: {name!r} cannot name a task of your own; choose another with --task_name")
     files = {"train": train_file, "validation": validation_file, **({"test": test_file} if test_file else {})}
+    if len(text_columns) > 2:
+        raise GlueError(f"text_columns: a model reads one or two texts, not {len(text_columns)}")
     splits = DatasetDict({split: _load_file(path) for split, path in files.items()})
     texts = tuple(text_columns) or _text_columns(splits["train"], train_file, label_column)
     for split, dataset in splits.items():
@@ -253,13 +285,7 @@ def _load_file(path: str) -> Dataset:
     kind = EXTENSIONS.get(Path(path).suffix.lower())
     if kind is None:
         raise GlueError(f"{path}: cannot tell its format; supported: {', '.join(EXTENSIONS)}")
-    try:
-        dataset = load_dataset(kind, data_files=path, split="train")
-    except (DatasetsError, ValueError, OSError) as error:
-        raise GlueError(f"{path} cannot be read as {kind}: {_cause(error)}") from error
-    if len(dataset) == 0:
-        raise GlueError(f"{path} holds no rows")
-    return dataset
+    return _read(kind, path, path)
 
 
 def _number_labels(
@@ -310,15 +336,29 @@ def load_metric(name: str | None, task: Task) -> tuple[Any, float]:
     """
     An `evaluate` metric and the factor to per cent (1 for a metric of somebody else, whose unit is not known).
 
-    Without a name it is this package's, in the task's configuration.
+    Without a name it is this package's, in the task's configuration. Raises [`GlueError`] for a metric that does not
+    load, or does not score right predictions of the task.
     """
     if name is None:
         configuration = task.name if task.name in TASKS else ("classification" if task.label_names else "regression")
         return evaluate.load(METRIC_PATH, configuration), 100.0
     try:
-        return evaluate.load(name), 1.0
-    except (OSError, ImportError, KeyError, ValueError) as error:
+        metric = evaluate.load(name)
+    except METRIC_ERRORS as error:
         raise GlueError(f"metric: {name!r} cannot be loaded: {_cause(error)}") from error
+    right: list[Any] = 2 * list(range(len(task.label_names))) or [0.5, 1.5, 2.5]
+    try:
+        scores = numbers_of(metric.compute(predictions=right, references=right))
+    except METRIC_ERRORS as error:
+        raise GlueError(f"metric: {name!r} does not score {task.name}: {_cause(error)}") from error
+    if not scores:
+        raise GlueError(f"metric: {name!r} gives no number for {task.name}")
+    return metric, 1.0
+
+
+def numbers_of(scores: Mapping[str, Any] | None) -> dict[str, float]:
+    """Those of a metric's results that are one number."""
+    return {name: float(value) for name, value in (scores or {}).items() if isinstance(value, float | int | np.number)}
 
 
 def aggregate(scores: Mapping[str, Mapping[int, Mapping[str, float]]], headlines: Mapping[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .files import write_atomically
 from .glue import COLUMNS, Task, headline_metrics
-from .paper_results import PAPER_GLUE_ROWS, TASK_TITLES
+from .paper_results import PAPER_GLUE_ROWS, TASK_TITLES, examples_note
 
 PAIRS_NAME = "glue_runs.jsonl"
 RESULTS_NAME = "glue_results.json"
@@ -54,11 +54,13 @@ class PairLog:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue  # cut short by a kill
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
 
 
@@ -73,6 +75,8 @@ def results_table(results: Mapping[str, Any], tasks: Sequence[Task]) -> str:
             lines.append(f"{TASK_TITLES.get(column, column):<16}{metric + mark:<22}{entry['median']:>8.1f}   {values}")
     if results["average"] is not None:
         lines.append(f"{'average':<16}{average_note(results):<22}{results['average']:>8.1f}   (* enters it)")
+    if limit := examples_note(results["setting"]["max_train_samples"]):
+        lines.append(f"fine-tuned on {limit}")
     return "\n".join(lines)
 
 
@@ -97,8 +101,11 @@ def draw_chart(results: Mapping[str, Any], tasks: Sequence[Task], name: str, pat
     headlines = headline_metrics(tasks)
     columns = [column for column in (*COLUMNS, "wnli") if column in results["tasks"]]
     columns += [column for column in results["tasks"] if column not in columns]
+    limit = examples_note(results["setting"]["max_train_samples"])
     rows: dict[str, dict[str, Any]] = {
-        name: {column: headline_entry(results, column, headlines[column])["median"] for column in columns},
+        name + (f", {limit}" if limit else ""): {
+            column: headline_entry(results, column, headlines[column])["median"] for column in columns
+        },
         **{title: row for title, row in PAPER_GLUE_ROWS.items() if title.startswith("BERT-base")},
     }
     figure = Figure(figsize=(2 + 1.1 * len(columns), 4), layout="constrained")

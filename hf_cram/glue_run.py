@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from .glue import (
     load_glue_task,
     load_metric,
     load_own_task,
+    numbers_of,
 )
 from .glue_outputs import (
     CHART_NAME,
@@ -56,6 +56,7 @@ from .model_card import update_model_card
 logger = logging.getLogger(__name__)
 
 KEPT_NAME = "fine_tuned_from.json"  # beside a kept model: the pair it belongs to
+MOST_SEEDS = 10_000  # a larger number is a seed, whose comma is missing
 DEFAULT_OUTPUT_DIR = "trainer_output"  # the Trainer's own default
 
 
@@ -95,6 +96,12 @@ class GlueArguments:
     search_num_train_epochs: list[float] = field(default_factory=list, metadata={"help": "Epochs to search."})
     search_seeds: str = field(default="1", metadata={"help": "Seeds of the search, as in seeds."})
 
+    def __post_init__(self) -> None:
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(
+                f"max_train_samples must be at least 1, got {self.max_train_samples}; leave it out for all"
+            )
+
     @property
     def keeps_models(self) -> bool:
         """Whether the fine-tuned model of the first seed is kept."""
@@ -112,9 +119,10 @@ def parse_seeds(name: str, text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 0 or ("," not in text and numbers[0] < 1):
+    is_count = "," not in text
+    if not numbers or not (1 if is_count else 0) <= min(numbers) <= max(numbers) < (MOST_SEEDS if is_count else 2**32):
         raise GlueError(f"{name} must be a number of seeds or a comma-separated list of them, got {text!r}")
-    return numbers if "," in text else list(range(1, numbers[0] + 1))
+    return list(range(1, numbers[0] + 1)) if is_count else numbers
 
 
 def output_folder(encoder: EncoderArguments, output_dir: str | None, endings: Sequence[str] = ()) -> Path:
@@ -130,6 +138,18 @@ def output_folder(encoder: EncoderArguments, output_dir: str | None, endings: Se
     if not folder.is_dir():
         folder = Path("out", "glue", folder.name)
     return folder.with_name("-".join([folder.name, *endings, *(["from-scratch"] if encoder.from_scratch else [])]))
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise [`GlueError`] for a folder that holds something else than a model which an earlier run has kept there."""
+    is_ours = (
+        folder.is_dir() and not folder.is_symlink() and ((folder / KEPT_NAME).is_file() or not any(folder.iterdir()))
+    )
+    if not is_ours and (folder.exists() or folder.is_symlink()):
+        raise GlueError(
+            f"output_dir: the fine-tuned model would take the place of {folder}, which holds something else: choose "
+            "another --output_dir"
+        )
 
 
 def fill_up(bar: tqdm, end: float, share: float) -> None:
@@ -149,6 +169,15 @@ class GlueRun:
         endings += [Path(glue.metric).stem] if glue.metric else []
         self.output_dir = output_folder(encoder, args.output_dir, endings)
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
+        # What is wrong with the last task shall be known before the first is trained.
+        self.data = {task.name: self.own_data or load_glue_task(task, glue.glue_data) for task in self.tasks}
+        self.metrics = {task.name: load_metric(glue.metric, task) for task in self.tasks}
+        regression = next((task.name for task in self.tasks if not task.label_names), None)
+        if args.label_smoothing_factor and regression:
+            raise GlueError(f"label_smoothing_factor: {regression} has no classes; leave it out, or the task")
+        if glue.keeps_models:
+            for task in self.tasks:
+                check_replaceable(self.output_dir / task.name)
         self.encoder_id = fingerprint(encoder)
         self.log = PairLog(self.output_dir / PAIRS_NAME, self.is_main)
         # Ranks that saw different pairs would wait for each other for ever.
@@ -193,14 +222,9 @@ class GlueRun:
     def encoded(self, task: Task) -> EncodedTask:
         """The task in token ids; the last one is kept, since its seeds follow each other."""
         if self._encoded is None or self._encoded[0] != task.name:
-            data = self.own_data or load_glue_task(task, self.glue.glue_data)
             max_length = longest_example(self.encoder, self.tokenizer)
-            self._encoded = (
-                task.name,
-                encode_task(
-                    data, self.tokenizer, max_length, self.glue.max_train_samples, self.encoder.pooling == "segments"
-                ),
-            )
+            encoded = encode_task(self.data[task.name], self.tokenizer, max_length, self.glue.max_train_samples)
+            self._encoded = task.name, encoded
         return self._encoded[1]
 
     def setting_id(self, args: FineTuningArguments) -> str:
@@ -274,23 +298,24 @@ class GlueRun:
         kept_as: dict[str, Any] | None,
     ) -> dict[str, Any]:
         encoded = self.encoded(task)
-        metric, factor = load_metric(self.glue.metric, task)
+        metric, factor = self.metrics[task.name]
 
         def score(predictions: Any, references: Any) -> dict[str, float]:
-            values = metric.compute(predictions=predictions, references=references) or {}
-            return {
-                name: factor * float(value)
-                for name, value in values.items()
-                if isinstance(value, float | int | np.number)
-            }
+            scores = numbers_of(metric.compute(predictions=predictions, references=references))
+            return {name: factor * value for name, value in scores.items()}
 
         folder = self.output_dir / task.name
         staging = self.output_dir / f".{task.name}.saving"
-        result = tuner.run(encoded, seed, score, advance, staging if kept_as else None)
+        working_folder = self.output_dir
+        if tuner.args.save_strategy != "no":  # with room to delete them, away from a pretraining run's
+            working_folder = self.output_dir / "checkpoints" / setting_id / f"{task.name}.seed-{seed}"
+        result = tuner.run(encoded, seed, score, advance, staging if kept_as else None, working_folder)
         if self.is_main:
             if kept_as is not None:
                 write_json_atomically(staging / KEPT_NAME, kept_as)
-                shutil.rmtree(folder, ignore_errors=True)
+                check_replaceable(folder)  # a training later
+                if folder.exists():
+                    shutil.rmtree(folder)
                 staging.rename(folder)
             for name, outputs in result.test_outputs.items():
                 write_predictions(prediction_path(self.output_dir, setting_id, name, seed), encoded.data.task, outputs)

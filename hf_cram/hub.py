@@ -31,10 +31,12 @@ logger = logging.getLogger(__name__)
 # How long the end of a run waits for a checkpoint that is on its way.
 FINISH_SECONDS = 900.0
 PUSHING_NAME = ".pushing"
+# One file, or the parts of one: no other weights that lie beside them.
+WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
 # All that is ever pushed, beside the code files that config.json names: no optimiser, no state of a run, nothing else
 # that may lie in the folder.
 SHAREABLE = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "config.json", "generation_config.json", *WEIGHTS, "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
     "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png",
@@ -67,22 +69,28 @@ def shareable_files(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise HubError(f"there is no folder {folder}")
     config_path = folder / "config.json"
-    if not config_path.is_file() or not any(folder.glob("model*.safetensors")):
+    if not config_path.is_file() or not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
         way_out = (
             f"name its checkpoint {checkpoints[-1]}" if checkpoints else "name the output folder of a finished run"
         )
         raise HubError(f"{folder} holds no config.json with model.safetensors: {way_out}")
     files = {path for pattern in SHAREABLE for path in folder.glob(pattern) if path.is_file()}
-    try:
-        auto_map = json.loads(config_path.read_text(encoding="utf-8")).get("auto_map", {})
-    except ValueError as error:
-        raise HubError(f"{config_path} cannot be read ({error}): write the model again") from error
-    for reference in auto_map.values():
-        module = folder / f"{reference.split('.')[0]}.py"
-        if module.is_file():  # else the code of another repository
-            files.update([module, *map(Path, get_relative_import_files(module))])
+    files |= _code_files(config_path)
     return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _code_files(config_path: Path) -> set[Path]:
+    """The code files that a config.json names, and those that they import. Raises [`HubError`]."""
+    try:
+        references = json.loads(config_path.read_text(encoding="utf-8")).get("auto_map", {}).values()
+        names = {reference.partition(".")[0] for reference in references if isinstance(reference, str)}
+        # What is no plain name, or not there, is the code of another repository.
+        modules = [config_path.with_name(f"{name}.py") for name in names if name.isidentifier()]
+        modules = [module for module in modules if module.is_file()]
+        return {*modules, *(Path(file) for module in modules for file in get_relative_import_files(module))}
+    except (AttributeError, OSError, ValueError) as error:
+        raise HubError(f"{config_path}, or code it names, cannot be read ({error}): write the model again") from error
 
 
 def _with_retries(

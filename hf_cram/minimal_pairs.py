@@ -11,6 +11,8 @@ import argparse
 import copy
 import gzip
 import json
+import logging
+import re
 import sys
 import time
 import zlib
@@ -24,17 +26,22 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .data.errors import DataError, first_line
+from .data.tokenization import read_tokenizer
 from .files import write_json_atomically
-from .hardware import can_compile
+from .hardware import can_compile, is_out_of_memory
 from .model_card import ModelCardError, update_model_card
 from .modeling_crammed_bert import CrammedBertForMaskedLM
+
+logger = logging.getLogger(__name__)
 
 RESULTS_NAME = "minimal_pairs_results.json"
 SENTENCE_KEYS = ("sentence_good", "sentence_bad")
 PHENOMENON_KEYS = ("linguistics_term", "UID", "field")  # the first one that a pair has names its phenomenon
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write it, no tokenizer reads it
 FILE_PATTERNS = ("*.jsonl", "*.jsonl.gz")
 COMPILED_PAIRS = 10_000  # as many pay for the compiling
 MEASURED_PAIRS = 16
@@ -61,7 +68,8 @@ def read_pairs(sources: Sequence[str], limit: int | None = None) -> list[Minimal
     """
     The pairs of files (`.jsonl`, `.jsonl.gz`), of folders of them, and of data sets on the Hub or laid out like one.
 
-    `limit` takes that many pairs from the start of each file or configuration. Raises [`MinimalPairsError`].
+    `limit` takes that many pairs from the start of each file or configuration. Pairs of equal sentences are left out,
+    with a warning that counts them. Raises [`MinimalPairsError`].
     """
     pairs = []
     for source in sources:
@@ -69,7 +77,7 @@ def read_pairs(sources: Sequence[str], limit: int | None = None) -> list[Minimal
         if path.is_file():
             files = [path]
         elif path.is_dir():
-            files = sorted(file for pattern in FILE_PATTERNS for file in path.rglob(pattern))
+            files = sorted(file for pattern in FILE_PATTERNS for file in path.rglob(pattern) if file.is_file())
         elif source.endswith((".jsonl", ".gz")) or source.count("/") != 1:
             raise MinimalPairsError(f"{source}: no such file or folder, and not the name of a data set (owner/name)")
         else:
@@ -79,7 +87,11 @@ def read_pairs(sources: Sequence[str], limit: int | None = None) -> list[Minimal
         if not files:
             for name, rows in _hub_configurations(source):
                 pairs += _first(rows, limit, name)
-    return pairs
+    different = [pair for pair in pairs if pair.good != pair.bad]
+    if len(different) < len(pairs):
+        place = next(pair.place for pair in pairs if pair.good == pair.bad)
+        logger.warning("%d pairs of equal sentences are left out, the first: %s", len(pairs) - len(different), place)
+    return different
 
 
 def _first(pairs: Iterator[MinimalPair], limit: int | None, source: str) -> list[MinimalPair]:
@@ -98,8 +110,8 @@ def _read_file(file: Path) -> Iterator[MinimalPair]:
                     place = f"{file}, line {number}"
                     try:
                         values = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise MinimalPairsError(f"{place}: not valid JSON ({error.msg}): one object a line") from error
+                    except (ValueError, RecursionError) as error:
+                        raise MinimalPairsError(f"{place}: not valid JSON ({error}): one object a line") from error
                     yield _to_pair(values, file.name.split(".")[0], place)
     except UnicodeDecodeError as error:
         raise MinimalPairsError(f"{file}: not UTF-8, save it as such") from error
@@ -113,9 +125,11 @@ def _to_pair(values: Any, default_phenomenon: str, place: str) -> MinimalPair:
     for key in SENTENCE_KEYS:
         if not isinstance(values.get(key), str) or not values[key].strip():
             raise MinimalPairsError(f"{place}: no sentence under the key {key!r} (keys: {', '.join(values)})")
+        if LONE_SURROGATE.search(values[key]):
+            raise MinimalPairsError(f"{place}: the sentence under {key!r} has half a character, leave the pair out")
     names = [values[key] for key in PHENOMENON_KEYS if values.get(key)]
     good, bad = (values[key] for key in SENTENCE_KEYS)
-    return MinimalPair(good, bad, str(names[0] if names else default_phenomenon), place)
+    return MinimalPair(good, bad, " ".join(str(names[0] if names else default_phenomenon).split()), place)
 
 
 def _hub_configurations(name: str) -> Iterator[tuple[str, Iterator[MinimalPair]]]:
@@ -131,7 +145,7 @@ def _hub_configurations(name: str) -> Iterator[tuple[str, Iterator[MinimalPair]]
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, MinimalPairsError):
             raise
-        cause = str(error).strip().splitlines()[0]
+        cause = first_line(error)
         raise MinimalPairsError(f"data set {name!r} cannot be loaded: {cause}") from error
 
 
@@ -181,12 +195,13 @@ def pseudo_log_likelihoods(
     Sum of the log-probabilities (nats) of each sentence's own tokens, each masked in turn: (sentences,) float64.
 
     A batch holds masked sentences of one length, at most `batch_tokens` tokens: nothing is padded. Raises
-    [`MinimalPairsError`], naming the place, for a sentence that is too long for the model or has no token.
+    [`MinimalPairsError`], naming the place, for a sentence that is too long for the model, has no token, or one that the
+    model does not know.
     """
     before, after = surrounding_tokens(model, tokenizer)
     encoded = tokenizer(list(sentences), add_special_tokens=False, verbose=False)["input_ids"]
     rows = [before + ids + after for ids in encoded]
-    _check_lengths(model, tokenizer, encoded, len(before + after), places or [repr(text) for text in sentences])
+    _check_tokens(model, tokenizer, encoded, len(before + after), places or [repr(text) for text in sentences])
     lengths = np.array([len(row) for row in rows])
     scores = np.zeros(len(rows))
     was_training = model.training
@@ -215,15 +230,23 @@ def surrounding_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     return example["input_ids"][: own[0]], example["input_ids"][own[-1] + 1 :]
 
 
-def _check_lengths(
+def _check_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Sequence[Sequence[int]],
     num_surrounding: int,
     places: Sequence[str],
 ) -> None:
-    longest = min(model.config.to_dict().get("max_position_embeddings", sys.maxsize), tokenizer.model_max_length)
+    config = model.config.to_dict()
+    longest = min(config.get("max_position_embeddings", sys.maxsize), tokenizer.model_max_length)
+    vocab_size = config.get("vocab_size", sys.maxsize)
     for ids, place in zip(encoded, places, strict=True):
+        largest = max(tokenizer.mask_token_id, *ids, 0)
+        if largest >= vocab_size:
+            raise MinimalPairsError(
+                f"{place}: token {largest} of the tokenizer is beyond the model's {vocab_size} embeddings: give the model "
+                "its own tokenizer"
+            )
         if not ids:
             raise MinimalPairsError(f"{place}: the tokenizer leaves nothing of a sentence, leave the pair out")
         if len(ids) + num_surrounding > longest:
@@ -336,15 +359,19 @@ def make_fast(
 def load_model(name_or_path: str, device: torch.device) -> tuple[Any, PreTrainedTokenizerBase]:
     """A masked language model with all its weights, in fp32, and its tokenizer; safetensors only."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         model, info = AutoModelForMaskedLM.from_pretrained(
             name_or_path,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
-        cause = str(error).strip().splitlines()[0]
+        tokenizer = read_tokenizer(name_or_path)
+    except DataError as error:
+        raise MinimalPairsError(str(error)) from error
+    except (LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        if is_out_of_memory(error):
+            raise
+        cause = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         raise MinimalPairsError(f"{name_or_path} does not load as a masked language model: {cause}") from error
     if info["missing_keys"]:
         raise MinimalPairsError(
@@ -420,6 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model_folder = Path(options.model)
     output_dir = options.output_dir or (model_folder if model_folder.is_dir() else Path("."))
     try:
+        output_dir.mkdir(parents=True, exist_ok=True)
         pairs = read_pairs(options.pairs, options.limit)
         transformers_logging.disable_progress_bar()  # one bar, over the tokens
         model, tokenizer = load_model(options.model, choose_device(options.device))
@@ -431,13 +459,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **score_pairs(model, tokenizer, pairs, options.batch_tokens, show_progress=True),
         }
         print(results_table(results))
-        output_dir.mkdir(parents=True, exist_ok=True)
         write_json_atomically(output_dir / RESULTS_NAME, results)
         if model_folder.is_dir():  # the figure is pushed with the model
             write_json_atomically(model_folder / RESULTS_NAME, results)
             update_model_card(model_folder, minimal_pairs=results)
     except (MinimalPairsError, ModelCardError, OSError) as error:
         sys.exit(f"hf_cram.minimal_pairs: error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"hf_cram.minimal_pairs: error: out of memory: lower --batch_tokens ({options.batch_tokens})")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from huggingface_hub import (
 )
 
 from .files import write_atomically
-from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, TASK_TITLES
+from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, TASK_TITLES, examples_note
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARD_NAME = "README.md"
@@ -199,9 +199,13 @@ def _replace_section(body: str, name: str, text: str) -> str:
 def glue_section(results: Mapping[str, Any]) -> str:
     """GLUE beside the paper's rows, and every metric with its seeds, as markdown."""
     scores = _headline_scores(results)
-    rows = {"this model": scores, **{name: PAPER_GLUE_ROWS[name] for name in COMPARED_ROWS}}
+    limit = _limit(results)
+    rows = {
+        "this model" + (f", {limit}" if limit else ""): scores,
+        **{name: PAPER_GLUE_ROWS[name] for name in COMPARED_ROWS},
+    }
     shared = [column for column in GLUE_COLUMNS if column in scores]
-    is_whole = len(shared) == len(GLUE_COLUMNS)
+    is_whole = len(shared) == len(GLUE_COLUMNS) and not limit
     averages = ["GLUE"] if is_whole else ["GLUE", f"mean of {len(shared)}"]
     lines = []
     for name, row in rows.items():
@@ -216,13 +220,22 @@ def glue_section(results: Mapping[str, Any]) -> str:
     if missing:
         notes.append(f"Not run: {missing}; the last column is every row's mean over the columns that were.")
     notes.append("The other rows are the paper's (arXiv 2212.14034), medians of 5.")
+    if limit:
+        notes.append(f"This model was fine-tuned on {limit}, theirs on all: the rows do not compare like with like.")
     comparison = _table(["model", *GLUE_COLUMNS.values(), *averages], lines)
     return f"## GLUE\n\n{' '.join(notes)}\n\n{comparison}\n\n{_metrics_table(results)}\n"
 
 
 def own_data_section(results: Mapping[str, Any]) -> str:
     """Scores on data that is not GLUE's, as markdown."""
-    return f"## Fine-tuned on other data\n\n{_metrics_table(results)}\n"
+    limit = _limit(results)
+    note = f"Fine-tuned on {limit}.\n\n" if limit else ""
+    return f"## Fine-tuned on other data\n\n{note}{_metrics_table(results)}\n"
+
+
+def _limit(results: Mapping[str, Any]) -> str:
+    """In words, on how many examples the model was fine-tuned; empty for all."""
+    return examples_note(results.get("setting", {}).get("max_train_samples"))
 
 
 def _metrics_table(results: Mapping[str, Any]) -> str:
@@ -272,8 +285,9 @@ def _mlm_result(eval_loss: float, text_name: str, dataset_name: str | None) -> E
 
 
 def _glue_eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    """Every metric of every task; `metric_name` says which enters the GLUE average."""
+    """Every metric of every task; `metric_name` says how it came about."""
     seeds = len(results["seeds"])
+    facts = ["per cent", f"median of {seeds} seed{'s' if seeds > 1 else ''}", *filter(None, [_limit(results)])]
     entries = []
     for column, metrics in results["tasks"].items():
         config, split = MNLI_SPLITS.get(column, (column, "validation"))
@@ -287,7 +301,7 @@ def _glue_eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
                     dataset_config=config if column in TASK_TITLES else None,
                     dataset_split=split,
                     metric_type=metric,
-                    metric_name=f"{metric} (per cent, median of {seeds} seed{'s' if seeds > 1 else ''})",
+                    metric_name=f"{metric} ({', '.join(facts)})",
                     metric_value=round(entry["median"], 2),
                 )
             )

@@ -35,6 +35,12 @@ HEADLINE_METRICS = {
     "wnli": "accuracy",
 }
 
+
+def examples_note(max_train_samples: float | None) -> str:
+    """What sets scores apart from the paper's, which come of training on all examples; empty where nothing does."""
+    return "" if max_train_samples is None else f"at most {max_train_samples:,} training examples a task"
+
+
 PAPER_GLUE_ROWS: dict[str, dict] = {
     # Hardware, budget and size from Devlin et al. 2018, appendix A.2 and section 3.
     "BERT-base, fully trained": {

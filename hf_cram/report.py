@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_atomically
-from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS
+from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, examples_note
 
 RESULTS_NAME = "all_results.json"
 GLUE_NAME = "glue_results.json"
@@ -37,9 +37,12 @@ COLUMNS = {
     **GLUE_COLUMNS,
     "glue_average": "GLUE",
     "averaged_columns": "averaged columns",
+    "max_train_samples": "training examples",
     "seeds": "seeds",
     "minimal_pairs": "minimal pairs",
 }
+# Of the CSV alone: in the table they stand in the average's cell.
+AVERAGE_COLUMNS = ("averaged_columns", "max_train_samples")
 TEXT_COLUMNS = ("name", "source", "hardware", "text_name")
 PAPER_SEEDS = 5
 # The paper's rows that bound what pretraining can bring, and the greys of their bars beside the runs' own.
@@ -47,8 +50,8 @@ CHART_REFERENCES = {"BERT-base, no pretraining": "0.8", "BERT-base, fully traine
 NOTES = f"""\
 MLM loss: nats per masked token of the run's own held-out text, comparable between runs with the same text and
 tokenizer. GLUE: development sets, per cent, medians over the seeds; the mean of {len(GLUE_COLUMNS)} columns (MNLI
-counts twice, WNLI not at all), or of those that were run, which is then said. Minimal pairs: per cent right. The
-paper's rows (arXiv 2212.14034) are V, read in its text, repository or model card, or R, recalled with the average
+counts twice, WNLI not at all), or of those that were run, which is then said. Scores of a fine-tuning on a part of the
+training examples say so, and do not compare with others. Minimal pairs: per cent right. The paper's rows (arXiv 2212.14034) are V, read in its text, repository or model card, or R, recalled with the average
 recomputed; the size of its crammed models is derived from their shape.
 """
 
@@ -112,7 +115,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ReportError(f"{path} cannot be read ({error}): delete it, or write it again") from error
     if not isinstance(values, dict):
         raise ReportError(f"{path} is not an object of names and values: delete it, or write it again")
@@ -177,7 +180,8 @@ def _glue(path: Path) -> dict[str, Any]:
     }
     known = [score for score in scores.values() if score is not None]
     average = {"glue_average": statistics.fmean(known), "averaged_columns": len(known)} if known else {}
-    return {**scores, **average, "seeds": len(_list(path, results, "seeds")) or None}
+    limit = _number(path, results, "setting", "max_train_samples")
+    return {**scores, **average, "max_train_samples": limit, "seeds": len(_list(path, results, "seeds")) or None}
 
 
 def describe_budget(seconds: float) -> str:
@@ -215,13 +219,20 @@ def _cell(row: dict[str, Any], key: str) -> str:
         return " ".join(str(value).split()).replace("|", "\\|")
     if key in FORMATS:
         return FORMATS[key](value)
-    is_partial = key == "glue_average" and row["averaged_columns"] < len(GLUE_COLUMNS)
-    return f"{value:.1f}" + (f" ({row['averaged_columns']} of {len(GLUE_COLUMNS)})" if is_partial else "")
+    notes = []
+    if key == "glue_average" and row["averaged_columns"] < len(GLUE_COLUMNS):
+        notes.append(f"{row['averaged_columns']} of {len(GLUE_COLUMNS)}")
+    if key == "glue_average" and row["max_train_samples"] is not None:
+        notes.append(examples_note(row["max_train_samples"]))
+    return f"{value:.1f}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of [`load_run`] and [`paper_rows`] as a markdown table; a partial average is marked `67.1 (4 of 9)`."""
-    keys = [key for key in COLUMNS if key != "averaged_columns"]
+    """
+    Rows of [`load_run`] and [`paper_rows`] as a markdown table; a partial average is marked `67.1 (4 of 9)`, and one of
+    partial training says so too.
+    """
+    keys = [key for key in COLUMNS if key not in AVERAGE_COLUMNS]
     lines = [[COLUMNS[key] for key in keys], ["---" if key in TEXT_COLUMNS else "---:" for key in keys]]
     lines += [[_cell(row, key) for key in keys] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -277,7 +288,11 @@ def draw_losses(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
 def draw_glue(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
     """Bars of the GLUE columns that any run has, the paper's bounds in grey; a score that is missing has no bar."""
     columns = glue_columns(runs)
-    groups = [(run["name"], f"C{number}", run) for number, run in enumerate(runs) if glue_columns([run])]
+    groups = [
+        (", ".join(filter(None, [run["name"], examples_note(run["max_train_samples"])])), f"C{number}", run)
+        for number, run in enumerate(runs)
+        if glue_columns([run])
+    ]
     groups += [(name, grey, PAPER_GLUE_ROWS[name]) for name, grey in CHART_REFERENCES.items()]
     width = 0.8 / len(groups)
     for position, (name, color, scores) in enumerate(groups):

@@ -310,6 +310,17 @@ def test_our_models_come_back_from_the_papers_format(tmp_path, tiny_config, toke
         assert AutoTokenizer.from_pretrained(tmp_path / folder)("w1 w2").input_ids == tokenizer("w1 w2").input_ids
 
 
+@pytest.mark.parametrize("start", ["ours", "theirs"])
+def test_a_damaged_tokenizer_is_not_carried_over(tmp_path, tiny_config, tokenizer, start):
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs")  # without a tokenizer
+    tokenizer.save_pretrained(tmp_path / start)
+    (tmp_path / start / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    with pytest.raises(ConversionError, match="tokenizer .* cannot be loaded: Unterminated string"):
+        convert(tmp_path / start, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_authors_own_checkpoint_gives_its_logits_and_comes_back(tmp_path):
     folder = SHARED / "data" / "cramming_checkpoint"
     if not folder.is_dir():
@@ -535,6 +546,7 @@ def test_torch_files_that_are_no_state_dict_are_refused(tmp_path, content):
     ("content", "message"),
     [
         ("{", "config.json cannot be read"),
+        ("[" * 100_000, "config.json cannot be read"),
         ("[1]", "not an object"),
         ('{"model_type": "bert"}', "model_type = 'bert' is neither"),
         ("{}", "model_type = None is neither"),

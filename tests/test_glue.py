@@ -2,6 +2,8 @@ import csv
 import io
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, SHARED, VOCAB_SIZE
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, pipeline
 
 import run_glue
 from hf_cram import CrammedBertForMaskedLM
@@ -24,6 +26,7 @@ from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_
 from hf_cram.glue_outputs import submission_lines
 from hf_cram.glue_run import parse_seeds
 from hf_cram.paper_results import PAPER_GLUE_ROWS
+from hf_cram.report import load_run, markdown_table
 
 WORDS = VOCAB_SIZE - 5
 
@@ -365,6 +368,60 @@ def test_the_kept_model_is_the_one_of_the_results(monkeypatch, model_folder, tmp
     assert not (model_folder / "glue_results.json").exists()
 
 
+# ---- Folders ----
+
+
+@pytest.mark.parametrize("content", ["notes", "a model without our mark", "a file", "a link"])
+def test_a_folder_of_the_users_is_never_replaced(monkeypatch, glue_data, model_folder, tmp_path, content):
+    place = tmp_path / "wnli"
+    if content == "a file":
+        place.write_text("mine")
+    elif content == "a link":
+        (tmp_path / "mine").mkdir()
+        place.symlink_to(tmp_path / "mine")
+    else:
+        place.mkdir()
+        (place / ("config.json" if "model" in content else "notes.txt")).write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", ".", *FAST]
+    arguments += ["--tasks", "wnli", "--seeds", "1"]
+    with pytest.raises(GlueError, match="take the place of wnli, which holds something else"):
+        run(monkeypatch, *arguments, "--save_models", "true")
+    assert place.is_symlink() or [path.read_text() for path in (place, *place.glob("*")) if path.is_file()] == ["mine"]
+    assert not (tmp_path / "glue_runs.jsonl").exists()  # known before training
+    run(monkeypatch, *arguments)  # where no model is kept, nothing is in the way
+
+
+def test_checkpoints_of_a_pretraining_are_not_rotated_away(monkeypatch, glue_data, model_folder):
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-100"):
+        (model_folder / name).mkdir()
+        (model_folder / name / "model.safetensors").write_text("pretrained")
+    run(
+        monkeypatch, "--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", model_folder, *FAST,
+        "--tasks", "wnli", "--seeds", "1", "--save_strategy", "epoch", "--save_total_limit", "1",
+    )  # fmt: skip
+    kept = {path.parent.name: path.read_bytes() for path in model_folder.glob("checkpoint-*/model.safetensors")}
+    assert kept == dict.fromkeys(("checkpoint-1", "checkpoint-2", "checkpoint-100"), b"pretrained")
+
+
+def test_nothing_is_made_where_the_program_was_started(monkeypatch, glue_data, model_folder, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(
+        monkeypatch,
+        "--model_name_or_path",
+        model_folder,
+        "--glue_data",
+        glue_data,
+        *FAST,
+        "--tasks",
+        "wnli",
+        "--seeds",
+        "1",
+    )
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 # ---- Mistakes ----
 
 
@@ -380,6 +437,8 @@ def test_unknown_and_absent_tasks(monkeypatch, glue_data, model_folder, tasks, m
 def test_tasks_default_to_those_that_are_there(glue_data, tmp_path):
     assert [task.name for task in choose_tasks(None, str(glue_data))] == ["sst2", "stsb", "mnli", "wnli"]
     assert len(choose_tasks(None, None)) == 9
+    with pytest.raises(GlueError, match="no task in ','"):
+        choose_tasks(",", None)
     with pytest.raises(GlueError, match="holds no folder of a task"):
         choose_tasks(None, str(tmp_path))
     with pytest.raises(GlueError, match="there is no folder"):
@@ -406,9 +465,15 @@ def test_own_data_that_cannot_be_used(tmp_path, train, validation, message):
 
 def test_own_data_does_not_take_the_name_of_a_task(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).to_csv(tmp_path / "mrpc.csv")
-    for name in (None, "..", "a/b"):
+    for name in (None, "..", "a/b", "checkpoints"):
         with pytest.raises(GlueError, match="choose another with --task_name"):
             load_own_task(str(tmp_path / "mrpc.csv"), str(tmp_path / "mrpc.csv"), name=name)
+
+
+def test_three_texts_are_refused(tmp_path):
+    datasets.Dataset.from_dict({"a": ["x"], "b": ["y"], "c": ["z"], "label": [0]}).to_csv(tmp_path / "train.csv")
+    with pytest.raises(GlueError, match="text_columns: a model reads one or two texts, not 3"):
+        load_own_task(*[str(tmp_path / "train.csv")] * 2, text_columns=["a", "b", "c"])
 
 
 def test_a_label_column_beside_the_one_that_is_named(tmp_path):
@@ -436,10 +501,10 @@ def test_a_model_that_is_not_there_is_one_line(python_environment, glue_data):
     )  # fmt: skip
     assert process.returncode == 1
     assert process.stderr.strip().count("\n") == 0
-    assert "run_glue.py: error: model_name_or_path: no tokenizer loads from /no/model" in process.stderr
+    assert "run_glue.py: error: model_name_or_path: no configuration loads from /no/model" in process.stderr
 
 
-@pytest.mark.parametrize("text", ["0", "x", "", "1,-2"])
+@pytest.mark.parametrize("text", ["0", "x", "", "1,-2", "1000000", "1,4294967296"])
 def test_seeds_that_are_none(text):
     with pytest.raises(GlueError, match="seeds must be"):
         parse_seeds("seeds", text)
@@ -447,7 +512,242 @@ def test_seeds_that_are_none(text):
     assert parse_seeds("seeds", "7,") == [7]
 
 
+@pytest.mark.parametrize(
+    ("split", "column", "values", "message"),
+    [
+        ("train", None, None, "wnli, train holds no rows"),
+        ("validation", None, None, "wnli, validation holds no rows"),
+        ("test", None, None, "wnli, test holds no rows"),
+        ("validation", "label", [-1] * 8, "validation: label -1 is no class from 0 to 1"),
+        ("test", "sentence1", None, "test, has no column 'sentence1'"),
+    ],
+)
+def test_all_tasks_are_looked_at_before_the_first_is_trained(
+    monkeypatch, glue_data, model_folder, tmp_path, split, column, values, message
+):
+    folder = tmp_path / "data"
+    shutil.copytree(glue_data / "sst2", folder / "sst2")
+    write_task(folder, "wnli", dict.fromkeys(("train", "validation", "test"), 8))
+    path = folder / "wnli" / f"{split}-00000-of-00001.parquet"
+    data = datasets.Dataset.from_parquet(str(path))
+    if column is None:
+        data = data.select([])
+    else:
+        data = data.remove_columns(column)
+        data = data if values is None else data.add_column(column, values)
+    data.to_parquet(path)
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", folder, "--output_dir", tmp_path / "out", *FAST]
+    with pytest.raises(GlueError, match=message):
+        run(monkeypatch, *arguments, "--tasks", "sst2,wnli", "--seeds", "1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch, glue_data, model_folder, tmp_path):
+    metric = tmp_path / "classes.py"
+    metric.write_text(
+        "import datasets\nimport evaluate\n\n"
+        "class Classes(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        value = datasets.Value('float32')\n"
+        "        features = datasets.Features({'predictions': value, 'references': value})\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='', features=features)\n"
+        "    def _compute(self, predictions, references):\n"
+        "        if any(value % 1 for value in references):\n"
+        "            raise TypeError('classes only')\n"
+        "        return {'table': [1, 2]}\n"
+    )
+    arguments = [
+        "--model_name_or_path",
+        model_folder,
+        "--glue_data",
+        glue_data,
+        "--output_dir",
+        tmp_path / "out",
+        *FAST,
+    ]
+    for name, tasks, message in (
+        (metric, "stsb", "does not score stsb: classes only"),
+        (metric, "wnli", "gives no number for wnli"),
+        ("acuracy", "wnli", "'acuracy' cannot be loaded"),
+    ):
+        with pytest.raises(GlueError, match=message):
+            run(monkeypatch, *arguments, "--tasks", tasks, "--metric", name)
+    with pytest.raises(GlueError, match="label_smoothing_factor: stsb has no classes"):
+        run(monkeypatch, *arguments, "--tasks", "wnli,stsb", "--label_smoothing_factor", "0.1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max_train_samples", "0", "max_train_samples must be at least 1"),
+        ("--max_seq_length", "0", "max_seq_length must be at least 8"),
+        ("--optim", "adafactor", "leave out optim"),
+        ("--train_sampling_strategy", "group_by_size", "invalid choice: 'group_by_size'"),
+    ],
+)
+def test_settings_that_cannot_be(monkeypatch, capsys, model_folder, option, value, message):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--model_name_or_path", model_folder, option, value)
+    assert message in capsys.readouterr().err
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000]), "as a sequence classifier: "),
+        ("model.safetensors", lambda path: path.write_bytes(b"no"), "as a sequence classifier: "),
+        ("config.json", lambda path: path.write_text("[]"), "no configuration loads from"),
+        ("config.json", lambda path: edit_json(path, hidden_size="x"), "no configuration .*hidden_size.*got str"),
+        ("config.json", lambda path: edit_json(path, vocab_size=50), "1 weights of .* do not have the shapes"),
+        ("tokenizer.json", lambda path: path.unlink(), "neither a tokenizer.json nor another vocabulary"),
+        ("tokenizer.json", lambda path: path.write_text(path.read_text()[:500]), "tokenizer .* cannot be loaded"),
+        ("tokenizer.json", lambda path: path.write_text("[1]"), "tokenizer .* its files are damaged"),
+        ("tokenizer_config.json", lambda path: path.write_text("[]"), "tokenizer .* its files are damaged"),
+        ("tokenizer_config.json", lambda path: edit_json(path, pad_token=None), "has no pad_token"),
+    ],
+)
+def test_damaged_checkpoints_are_one_line(monkeypatch, glue_data, model_folder, tmp_path, name, damage, message):
+    damage(model_folder / name)
+    with pytest.raises(GlueError, match=f"^model_name_or_path: .*{message}") as caught:
+        run(
+            monkeypatch, "--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", tmp_path / "out",
+            *FAST, "--tasks", "wnli", "--seeds", "1",
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model(monkeypatch, glue_data, model_folder, tiny_config, tmp_path):
+    tiny_config.vocab_size = 50
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(model_folder)
+    with pytest.raises(GlueError, match=r"gives token \d+, but its model has embeddings for 50 only"):
+        run(
+            monkeypatch, "--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", tmp_path / "out",
+            *FAST, "--tasks", "wnli", "--seeds", "1",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: lower --per_device_train_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 GB"), "out of memory: lower --per_device_train"),
+        (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
+    ],
+)
+def test_faults_of_the_machine_are_one_line(monkeypatch, glue_data, model_folder, tmp_path, fault, message):
+    def fail(*arguments, **options):
+        raise fault
+
+    monkeypatch.setattr("transformers.Trainer.train", fail)
+    arguments = [
+        "--model_name_or_path",
+        model_folder,
+        "--glue_data",
+        glue_data,
+        "--output_dir",
+        tmp_path / "out",
+        *FAST,
+    ]
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *map(str, arguments), "--tasks", "wnli", "--seeds", "1"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(REPOSITORY / "run_glue.py"), run_name="__main__")
+    assert str(caught.value.code).startswith(f"run_glue.py: error: {message}")
+    assert "\n" not in str(caught.value.code)
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(python_environment, glue_data, model_folder, tmp_path):
+    (tmp_path / "file").touch()
+    process = subprocess.run(
+        [
+            sys.executable, REPOSITORY / "run_glue.py", "--model_name_or_path", model_folder, "--glue_data", glue_data,
+            "--tasks", "wnli", *FAST, "--output_dir", tmp_path / "file" / "out",
+        ],
+        env=python_environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == f"run_glue.py: error: {tmp_path / 'file' / 'out'}: Not a directory"
+    assert "Traceback" not in process.stderr
+
+
+def test_lines_of_the_log_that_are_no_results_are_passed_over(monkeypatch, glue_data, model_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "glue_runs.jsonl").write_bytes(b'\xff\n[1]\n3\n{"task": "wnli"}\n')
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST]
+    run(monkeypatch, *arguments, "--tasks", "wnli", "--seeds", "1")
+    assert results_of(out)["seeds"] == [1]
+
+
 # ---- Settings of the fine-tuning ----
+
+
+def test_pairs_told_apart_in_training_are_told_apart_in_a_pipeline(monkeypatch, model_folder, tokenizer, tmp_path):
+    texts, labels = sentences(48, 0)
+    rows = {"first": texts, "second": texts[::-1], "label": labels}
+    datasets.Dataset.from_dict(rows).to_csv(tmp_path / "pairs.csv")
+    files = ["--train_file", tmp_path / "pairs.csv", "--validation_file", tmp_path / "pairs.csv"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(
+        monkeypatch, "--model_name_or_path", model_folder, *files, "--output_dir", first, *FAST, "--seeds", "1",
+        "--pooling", "segments",
+    )  # fmt: skip
+    # A checkpoint that pools so of itself.
+    run(
+        monkeypatch, "--model_name_or_path", first / "pairs", *files, "--output_dir", second, *FAST, "--seeds", "1",
+    )  # fmt: skip
+    inputs = tokenizer(texts[0], texts[-1], return_token_type_ids=True, return_tensors="pt")
+    for folder in (first / "pairs", second / "pairs"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            told_apart, blind = model(**inputs).logits[0], model(inputs["input_ids"]).logits[0]
+        assert not torch.allclose(told_apart, blind, atol=1e-3)
+        classify = pipeline("text-classification", model=str(folder), function_to_apply="none", top_k=None)
+        scores = {score["label"]: score["score"] for score in classify({"text": texts[0], "text_pair": texts[-1]})}
+        assert [scores["0"], scores["1"]] == pytest.approx(told_apart.tolist(), abs=1e-5)
+
+
+def test_padding_stays_within_the_positions(monkeypatch, tiny_config, tokenizer, tmp_path):
+    tiny_config.max_position_embeddings, tiny_config.position_embedding_type = 60, "learned"
+    folder = tmp_path / "model"
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    datasets.Dataset.from_dict({"text": ["w1 " * 99, "w2 " * 99], "label": [0, 1]}).to_csv(tmp_path / "long.csv")
+    files = ["--train_file", tmp_path / "long.csv", "--validation_file", tmp_path / "long.csv"]
+    run(monkeypatch, "--model_name_or_path", folder, *files, "--output_dir", tmp_path / "out", *FAST, "--seeds", "1")
+    assert "accuracy" in results_of(tmp_path / "out")["tasks"]["long"]
+
+
+def test_another_commit_on_the_hub_is_another_encoder(monkeypatch, tmp_path, model_folder):
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--crammed"
+    (repository / "refs").mkdir(parents=True)
+
+    def fingerprint_at(commit):
+        shutil.copytree(model_folder, repository / "snapshots" / commit, dirs_exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        return fingerprint(EncoderArguments("me/crammed"))
+
+    first, second = fingerprint_at(40 * "a"), fingerprint_at(40 * "b")
+    assert first != second
+    assert first == fingerprint_at(40 * "a")
+
+
+def test_training_on_a_part_is_said_wherever_the_scores_are(monkeypatch, capsys, glue_data, model_folder):
+    (model_folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    run(
+        monkeypatch, "--model_name_or_path", model_folder, "--glue_data", glue_data, *FAST, "--tasks", "stsb",
+        "--seeds", "1", "--max_train_samples", "20",
+    )  # fmt: skip
+    note = "at most 20 training examples a task"
+    assert note in capsys.readouterr().out
+    assert note in (model_folder / "README.md").read_text()
+    assert note in (model_folder / ".eval_results" / "glue.yaml").read_text()
+    assert note in markdown_table([load_run(model_folder)])
 
 
 def test_learning_rates_by_depth(tiny_config):

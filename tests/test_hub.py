@@ -340,7 +340,7 @@ def write_model(folder, weights=b"weights"):
 def test_only_files_of_the_model_are_shareable(tmp_path):
     folder = tmp_path / "model"
     write_model(folder)
-    names = ["training_args.bin", "cram_state.json", "clock.json", "trainer_state.json", "my_script.py", ".env",
+    names = ["model_of_a_friend.safetensors", "model-final.safetensors", "training_args.bin", "cram_state.json", "clock.json", "trainer_state.json", "my_script.py", ".env",
              "optimizer.pt", "rng_state.pth", "pytorch_model.bin", "notes.png", "README.md", "predictions.zip"]  # fmt: skip
     for name in names:
         (folder / name).touch()
@@ -350,6 +350,26 @@ def test_only_files_of_the_model_are_shareable(tmp_path):
     (folder / ".eval_results" / "glue.yaml").touch()
     assert shareable_files(folder) == [".eval_results/glue.yaml", "README.md", "config.json", "layers_x.py",
                                        "model.safetensors", "modeling_x.py"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "auto_map", ['{"AutoModel": "/etc/passwd.X"}', '{"AutoTokenizer": [null, "tokenization_x.X"]}']
+)
+def test_references_that_are_no_file_of_the_folder(tmp_path, auto_map):
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(f'{{"auto_map": {auto_map}}}')
+    assert shareable_files(tmp_path / "model") == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["layers_x.py", "config.json"])
+def test_a_model_that_lacks_code_is_one_line(tmp_path, name):
+    write_model(tmp_path / "model")
+    if name == "config.json":
+        (tmp_path / "model" / name).write_text("[]")
+    else:
+        (tmp_path / "model" / name).unlink()
+    with pytest.raises(HubError, match="config.json, or code it names, cannot be read"):
+        shareable_files(tmp_path / "model")
 
 
 def test_command_survives_a_shell():

@@ -181,6 +181,9 @@ def test_a_data_set_laid_out_like_one_of_the_hub(tmp_path, monkeypatch):
         ("[1]\n", "line 1: not an object"),
         ("\n", "holds no pairs"),
         (b"\xff\xfe\x00", "not UTF-8"),
+        ("[" * 100_000 + "\n", "line 1: not valid JSON"),
+        (f'{{"a": {"1" * 5000}}}\n', "line 1: not valid JSON"),
+        ('{"sentence_good": "a \\ud800", "sentence_bad": "b"}\n', "line 1: .*'sentence_good' has half a character"),
     ],
 )  # fmt: skip
 def test_pairs_that_cannot_be_read(tmp_path, content, message):
@@ -190,10 +193,23 @@ def test_pairs_that_cannot_be_read(tmp_path, content, message):
         read_pairs([str(file)])
 
 
+def test_pairs_of_equal_sentences_are_left_out_and_counted(tmp_path, caplog):
+    rows = [{"sentence_good": "w1", "sentence_bad": bad} for bad in ("w2", "w1", "w1", "w3")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "old.jsonl").mkdir()  # a folder among the files
+    assert [pair.bad for pair in read_pairs([str(tmp_path)])] == ["w2", "w3"]
+    assert f"2 pairs of equal sentences are left out, the first: {tmp_path / 'pairs.jsonl'}, line 2" in caplog.text
+
+
 def test_sentences_that_cannot_be_scored(models, tokenizer):
     too_long = " ".join(["w1"] * 63)
     with pytest.raises(MinimalPairsError, match="a pair: a sentence of 65 tokens is longer than the model's 64"):
         score_pairs(models["crammed_bert"], tokenizer, [MinimalPair(too_long, "w1")])
+    models["crammed_bert"].config.vocab_size = 90
+    with pytest.raises(
+        MinimalPairsError, match="a pair: token 104 of the tokenizer is beyond the model's 90 embeddings"
+    ):
+        score_pairs(models["crammed_bert"], tokenizer, [MinimalPair("w1", "w99")])
 
 
 # ---- The program ----
@@ -226,6 +242,7 @@ def test_the_program_writes_results_and_card(model_folder, capsys):
         (["{model}", "--pairs", "absent.jsonl"], "absent.jsonl: no such file or folder"),
         (["{empty}", "--pairs", str(PAIRS)], "does not load as a masked language model"),
         (["{model}", "--pairs", str(PAIRS), "--device", "nowhere"], "--device nowhere cannot be used"),
+        (["{model}", "--pairs", str(PAIRS), "--output_dir", "{model}/config.json"], "File exists: .*config.json"),
     ],
 )
 def test_mistakes_are_one_line(model_folder, tmp_path, arguments, message):
@@ -234,6 +251,37 @@ def test_mistakes_are_one_line(model_folder, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message) as caught:
         main([argument.format(**places) for argument in arguments])
     assert str(caught.value.code).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", "no", "does not load as a masked language model"),
+        ("config.json", {"hidden_size": "x"}, "does not load as a masked language model: .*hidden_size.*got str"),
+        ("config.json", {"hidden_act": "none"}, "does not load as a masked language model"),
+        ("tokenizer.json", "[1]", "tokenizer .* cannot be loaded: its files are damaged"),
+        ("tokenizer.json", None, "tokenizer .* cannot be loaded: it has neither"),
+    ],
+)
+def test_damaged_checkpoints_are_one_line(model_folder, name, content, message):
+    path = model_folder / name
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content})
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=message) as caught:
+        main([str(model_folder), "--pairs", str(PAIRS)])
+    assert str(caught.value.code).count("\n") == 0
+
+
+def test_out_of_memory_names_the_batch(model_folder, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(minimal_pairs, "_logits_at", fail)
+    with pytest.raises(SystemExit, match=r"error: out of memory: lower --batch_tokens \(512\)"):
+        main([str(model_folder), "--pairs", str(PAIRS), "--batch_tokens", "512"])
 
 
 def test_a_classifier_is_no_masked_language_model(tiny_config, tokenizer, tmp_path):

@@ -143,6 +143,20 @@ def test_whole_glue_is_averaged_over_nine_columns():
     assert {split for _, _, split, _ in mnli} == {"validation_matched", "validation_mismatched"}
 
 
+def test_training_on_a_part_is_not_compared_with_the_papers():
+    results = {**WHOLE_GLUE, "setting": {"max_train_samples": 10_000}}
+    card, limit = build(glue_results=results), "at most 10,000 training examples a task"
+    rows = rows_of(card.text)
+    assert rows["model"][-2:] == ["GLUE", "mean of 9"]
+    assert rows[f"this model, {limit}"][-2:] == ["", "60.0"]
+    assert f"fine-tuned on {limit}, theirs on all" in card.text
+    names = [result.metric_name for result in card.data.eval_results if result.dataset_type == "nyu-mll/glue"]
+    assert all(name.endswith(f"(per cent, median of 1 seed, {limit})") for name in names)
+    own = {"tasks": {"reviews": {"accuracy": scores(88.0)}}, "columns": ["reviews"], "seeds": [1]}
+    assert limit in build(glue_results={**own, "setting": {"max_train_samples": 10_000}}).text
+    assert limit not in build(glue_results={**own, "setting": {"max_train_samples": None}}).text
+
+
 def test_own_task_without_average_is_listed():
     own = {"tasks": {"reviews": {"accuracy": scores(88.0)}}, "average": None, "columns": ["reviews"], "seeds": [1]}
     card = build(glue_results=own)

@@ -183,11 +183,25 @@ def test_bars_stand_for_the_columns_that_were_run(make_run):
     assert heights["two"] == pytest.approx([float("nan")] * 3 + [1.0], nan_ok=True)
 
 
+def test_training_on_a_part_is_marked(make_run, tmp_path, capsys):
+    results = {**glue_results(PARTIAL), "setting": {"max_train_samples": 10_000}}
+    folder = make_run("part", glue_results=results)
+    main([str(folder), "--output_dir", str(tmp_path), "--format", "csv"])
+    (row, *_) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert row["max_train_samples"] == "10000"
+    row = read_markdown((tmp_path / "report.md").read_text())[0]
+    assert row["GLUE"] == "52.1 (4 of 9; at most 10,000 training examples a task)"
+    axes = Figure().subplots()
+    draw_glue(axes, load_runs([folder]))
+    assert axes.containers[0].get_label() == "part, at most 10,000 training examples a task"
+
+
 @pytest.mark.parametrize(
     ("stem", "content", "complaint"),
     [
         ("all_results", '{"eval_loss": 3.9', "cannot be read"),
         ("all_results", "[]", "not an object"),
+        ("all_results", "[" * 100_000, "cannot be read"),
         ("all_results", '{"eval_loss": "low"}', "eval_loss is not a number"),
         ("glue_results", "{}", "no 'tasks'"),
         ("glue_results", '{"tasks": {"cola": 3}}', "tasks.cola.matthews_correlation"),
