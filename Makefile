@@ -1,6 +1,6 @@
 # Every bar of the project has a command here.
 
-.PHONY: install lint test test-slow test-kill benchmark-data benchmark-throughput benchmark-memory benchmark-startup \
+.PHONY: install lint test test-slow test-gpu test-kill benchmark-data benchmark-throughput benchmark-memory benchmark-startup \
 	benchmark-glue benchmark-minimal-pairs quickstart glue
 
 install:
@@ -17,6 +17,10 @@ test:
 
 test-slow:
 	pytest -m slow
+
+# On a machine with a CUDA device.
+test-gpu:
+	CUDA_VISIBLE_DEVICES=0 pytest -m gpu
 
 # Kills real runs at 25 random moments, saving included, and compares the weights with the uninterrupted run's.
 test-kill:

@@ -1,5 +1,5 @@
 """
-Peak memory of training on this CPU against the calculation of `hf_cram/memory.py`.
+Peak memory of training on this machine's GPU, or CPU without one, against the calculation of `hf_cram/memory.py`.
 
     python benchmarks/memory.py [--cases small-16,medium-32] [--compile]
 
@@ -7,7 +7,8 @@ Each case is a process of its own: two optimiser steps of the CramTrainer with b
 25 % masked, AdamW, two micro-batches a step where the name ends in -accumulating. Measured are the highest resident set
 less that before the model was built (libraries and kernels loaded by a tiny run), and what the second step adds to
 what lasts. With --compile only the latter counts, because compiling itself leaves hundreds of MB behind: its figure
-against the calculation, which is of the eager step, tells how much compiling saves.
+against the calculation, which is of the eager step, tells how much compiling saves. On a GPU the tensors are
+measured, as its allocator counts them.
 """
 
 import argparse
@@ -34,8 +35,14 @@ from hf_cram.training_args import CramTrainingArguments
 BAR = 0.15
 LENGTH = 128
 # layers, hidden size, heads, feed-forward, vocabulary
-SHAPES = {"small": (4, 256, 4, 1024, 8192), "medium": (8, 512, 8, 2048, 32768)}
+SHAPES = {
+    "small": (4, 256, 4, 1024, 8192),
+    "medium": (8, 512, 8, 2048, 32768),
+    "paper": (16, 768, 12, 3072, 32768),
+}
 CASES = ("small-16", "small-64", "small-128", "small-64-accumulating", "medium-16", "medium-32-accumulating")
+GPU_CASES = ("medium-64", "paper-64", "paper-256", "paper-256-accumulating", "paper-512")
+ON_GPU = torch.cuda.is_available()
 # Freed tensors go back to the system at once: what is measured is what lives, not what the allocator keeps.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -45,25 +52,33 @@ def read_status(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
+def highest_bytes() -> int:
+    """Most memory that was taken since the last [`restart_highest`]."""
+    return torch.cuda.max_memory_allocated() if ON_GPU else read_status("VmHWM")
+
+
 def restart_highest() -> int:
-    """Let VmHWM start again from the present resident set, which is returned."""
+    """Let [`highest_bytes`] start again from what is taken now, which is returned."""
     gc.collect()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
     return read_status("VmRSS")
 
 
 class StepMeter(TrainerCallback):
-    """Highest resident set of the whole run and of its second step."""
+    """Most memory of the whole run and of its second step."""
 
     def __init__(self) -> None:
         self.highest = self.between_steps = self.second_step = 0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.highest = max(self.highest, read_status("VmHWM"))
+        self.highest = max(self.highest, highest_bytes())
         if state.global_step == 1:
             self.between_steps = restart_highest()
         else:
-            self.second_step = read_status("VmHWM") - self.between_steps
+            self.second_step = highest_bytes() - self.between_steps
 
 
 def build_config(shape: tuple[int, ...]) -> CrammedBertConfig:
@@ -90,7 +105,7 @@ def train(config: CrammedBertConfig, micro_batch: int, micro_batches: int, compi
     rows = np.random.default_rng(0).integers(0, config.vocab_size - 2, (4 * micro_batch * micro_batches, LENGTH))
     with tempfile.TemporaryDirectory() as folder:
         arguments = CramTrainingArguments(
-            output_dir=folder, max_steps=2, per_device_train_batch_size=micro_batch, bf16=True, use_cpu=True,
+            output_dir=folder, max_steps=2, per_device_train_batch_size=micro_batch, bf16=True, use_cpu=not ON_GPU,
             train_batch_rows=micro_batch * micro_batches, torch_compile=compiled, report_to="none", disable_tqdm=True,
         )  # fmt: skip
         CramTrainer(
@@ -133,7 +148,9 @@ def run_case(case: str, compiled: bool) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated: SHAPE-ROWS[-accumulating]")
+    parser.add_argument(
+        "--cases", default=",".join(GPU_CASES if ON_GPU else CASES), help="comma-separated: SHAPE-ROWS[-accumulating]"
+    )
     parser.add_argument("--compile", action="store_true", help="the compiled step against the eager calculation")
     parser.add_argument("--measure", help="measure this case here and print JSON")
     options = parser.parse_args()

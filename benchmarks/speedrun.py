@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import yaml
 ARMS_FILE = Path(__file__).with_name("speedrun_arms.yaml")
 TRAINING_ARGS = Path(__file__).parents[1] / "training_args"
 NUMBER = re.compile(r"[\d.]+e-?\d+")
+SPLIT_VALUES = re.compile(r",(?![^{]*})")  # not inside {...}
 EVAL_MLM_PROBABILITY, EVAL_MASK_SEED = 0.15, 2212
 # Shares of the budget at which the held-out loss is measured: close together where the curve is steep.
 POINTS = [0.01 * 1.3**power for power in range(18)]
@@ -119,7 +121,8 @@ def run_here(job: dict) -> dict:
     eval_batches = build_eval_batches(held_out, tokenizer, job["eval_rows"])
     limit = {"max_steps": job["max_steps"]} if job["max_steps"] else {"time_budget": str(job["time_budget_seconds"])}
     arguments = CramTrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="speedrun-"), bf16=True, torch_compile=True, use_cpu=job["use_cpu"],
+        output_dir=tempfile.mkdtemp(prefix="speedrun-"), bf16=True, torch_compile=job.get("torch_compile", True),
+        use_cpu=job["use_cpu"],
         report_to="none", disable_tqdm=True, seed=job["seed"], **limit, **arm["training"],
     )  # fmt: skip
     curve: list[list[float]] = []
@@ -204,6 +207,7 @@ def held_out_loss(model, batches: list[dict]) -> float:
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in batches:
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 positions = batch["masked_positions"]
                 logits = forward(input_ids=batch["input_ids"]).logits.float()
                 labels = batch["labels"].gather(1, positions)
@@ -243,7 +247,7 @@ def parse_overrides(words: list[str]) -> list[dict]:
         name, _, values = word.partition("=")
         if not values:
             raise SystemExit(f"benchmarks/speedrun.py: error: {word!r} is not name=value[,value]")
-        choices.append([(name, yaml.safe_load(value)) for value in values.split(",")])
+        choices.append([(name, yaml.safe_load(value)) for value in SPLIT_VALUES.split(values)])
     return [dict(point) for point in itertools.product(*choices)]
 
 
@@ -279,6 +283,8 @@ def run_job(job: dict, name: str) -> dict:
         path = Path(folder)
         (path / "job.json").write_text(json.dumps(job))
         environment = dict(os.environ, HF_CRAM_JOB=str(path / "job.json"))
+        if job.get("one_thread"):
+            environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         if job["count_compile"]:
             environment["TORCHINDUCTOR_CACHE_DIR"] = str(path / "inductor")
         log = Path(job["output_dir"]) / f"{name}.log"
@@ -290,25 +296,39 @@ def run_job(job: dict, name: str) -> dict:
 
 
 def run_all(
-    jobs: dict[str, dict], seeds: int, output_dir: Path, first_seed: int = 0, save_models: bool = False
+    jobs: dict[str, dict],
+    seeds: int,
+    output_dir: Path,
+    first_seed: int = 0,
+    save_models: bool = False,
+    at_once: int = 1,
 ) -> dict[str, list[dict]]:
-    """Run every job with every seed, in turn; each result is a line of `runs.jsonl` as soon as it is there."""
-    runs: dict[str, list[dict]] = {name: [] for name in jobs}
-    for seed in range(first_seed, first_seed + seeds):
-        # There and back, so that no arm always has the quiet machine.
-        for name in jobs if seed % 2 == 0 else reversed(jobs):
-            run_name = f"{name}-{seed}".replace("/", "_").replace(" ", "_")
-            saved = {"save_to": str(output_dir / "models" / run_name)} if save_models else {}
-            result = run_job({**jobs[name], **saved, "seed": seed}, run_name)
-            runs[name].append(result)
-            with open(output_dir / "runs.jsonl", "a") as stream:
-                stream.write(json.dumps({"arm": name, "seed": seed, **result}) + "\n")
-            print(
-                f"{name} seed {seed}: loss {result['final_loss']:.3f}, {result['steps']} steps, "
-                f"{result['tokens'] / result['seconds']:,.0f} tokens/s, {result['seconds']:.1f} s",
-                flush=True,
-            )
-    return runs
+    """
+    Run every job with every seed, in turn or `at_once`; each result is a line of `runs.jsonl` as soon as it is there.
+    """
+
+    def run(name: str, seed: int) -> dict:
+        run_name = f"{name}-{seed}".replace("/", "_").replace(" ", "_")
+        saved = {"save_to": str(output_dir / "models" / run_name)} if save_models else {}
+        result = run_job({**jobs[name], **saved, "seed": seed}, run_name)
+        with open(output_dir / "runs.jsonl", "a") as stream:
+            stream.write(json.dumps({"arm": name, "seed": seed, **result}) + "\n")
+        print(
+            f"{name} seed {seed}: loss {result['final_loss']:.3f}, {result['steps']} steps, "
+            f"{result['tokens'] / result['seconds']:,.0f} tokens/s, {result['seconds']:.1f} s",
+            flush=True,
+        )
+        return result
+
+    # There and back, so that no arm always has the quiet machine.
+    order = [
+        (name, seed)
+        for seed in range(first_seed, first_seed + seeds)
+        for name in (jobs if seed % 2 == 0 else reversed(jobs))
+    ]
+    with ThreadPoolExecutor(at_once) as pool:
+        results = dict(zip(order, pool.map(lambda turn: run(*turn), order), strict=True))
+    return {name: [results[name, seed] for seed in range(first_seed, first_seed + seeds)] for name in jobs}
 
 
 def report(runs: dict[str, list[dict]], output_dir: Path) -> dict:
@@ -408,9 +428,16 @@ def main() -> None:
     parser.add_argument("--sweep", nargs="+", default=[], help="name=value[,value] ...: a grid on every arm")
     parser.add_argument("--count_compile", action="store_true", help="compiling counts, from an empty cache")
     parser.add_argument("--save_models", action="store_true", help="keep the trained models in the output folder")
+    parser.add_argument("--at_once", type=int, default=1, help="runs beside each other; with --max_steps only")
+    parser.add_argument("--no_compile", action="store_true", help="for short runs of equal steps")
     parser.add_argument("--cache_dir", help="of the prepared text")
     parser.add_argument("--output_dir", required=True)
     options = parser.parse_args()
+
+    if options.at_once > 1 and not options.max_steps:
+        parser.error("--at_once: runs beside each other share a clock's machine; compare equal steps with --max_steps")
+
+    import torch
 
     from hf_cram.budget import parse_duration
     from hf_cram.data.pipeline import DataArguments, prepare_corpus
@@ -431,10 +458,13 @@ def main() -> None:
     job = {
         "corpus": str(corpus.directory), "length": options.length, "eval_rows": options.eval_rows,
         "max_steps": options.max_steps, "time_budget_seconds": parse_duration(options.time_budget),
-        "count_compile": options.count_compile, "output_dir": str(output_dir), "use_cpu": True,
+        "count_compile": options.count_compile, "output_dir": str(output_dir),
+        "use_cpu": not torch.cuda.is_available(), "torch_compile": not options.no_compile,
+        "one_thread": options.at_once > 1,
     }  # fmt: skip
     jobs = {name: {**job, "arm": arm} for name, arm in arms.items()}
-    report(run_all(jobs, options.seeds, output_dir, options.first_seed, options.save_models), output_dir)
+    runs = run_all(jobs, options.seeds, output_dir, options.first_seed, options.save_models, options.at_once)
+    report(runs, output_dir)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Training tokens/s of CramTrainer against transformers' own models in the plain Trainer, at equal shape.
 
-    python benchmarks/throughput.py [--shapes small,base] [--rounds 3]
+    python benchmarks/throughput.py [--shapes small,base,gpu] [--rounds 3]
 
 Every measurement is a process of its own; the arms take turns; medians are compared. Each arm trains in bf16 and
 compiled, on the same rows of random tokens, with the same share of masked tokens. The crammed arm also times its bare
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 SHAPES = {
     "small": {"layers": 4, "hidden": 256, "heads": 4, "ffn": 1024, "micro_batch": 64, "steps": 20},
     "base": {"layers": 12, "hidden": 768, "heads": 12, "ffn": 3072, "micro_batch": 16, "steps": 4},
+    "gpu": {"layers": 12, "hidden": 768, "heads": 12, "ffn": 3072, "micro_batch": 256, "steps": 40},
 }
 ARMS = ("crammed", "bert", "modernbert")
 BARS = {"bert": 1.8, "modernbert": 1.25}
@@ -67,6 +68,14 @@ def build_model(arm: str, shape: dict):
     return ModernBertForMaskedLM(ModernBertConfig(**common, **special, sparse_prediction=True))
 
 
+def synchronize() -> None:
+    """Wait for a GPU, where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 @dataclass
 class Timer:
     """Marks the time at the end of chosen steps."""
@@ -74,6 +83,7 @@ class Timer:
     marks: dict[int, float]
 
     def mark(self, step: int) -> None:
+        synchronize()
         self.marks[step] = time.perf_counter()
 
 
@@ -110,7 +120,7 @@ def measure(arm: str, shape: dict) -> dict:
         "max_steps": total_steps,
         "bf16": True,
         "torch_compile": True,
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -130,12 +140,14 @@ def measure(arm: str, shape: dict) -> dict:
         started = time.perf_counter()
         for index in range(count):
             batch = collator(rows[index * micro_batch : (index + 1) * micro_batch])
+            batch = {name: tensor.to(trainer.args.device, non_blocking=True) for name, tensor in batch.items()}
             labels = batch["labels"]
             loss = trainer.model_wrapped(**batch, num_items_in_batch=labels.ne(-100).sum()).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 0.5)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
+        synchronize()
         return time.perf_counter() - started
 
     trainer.train()
