@@ -1,7 +1,10 @@
 # Every bar of the project has a command here.
 
+BOOKS = ../shared/data/classic_books.parquet
+GLUE_DATA = ../shared/data/glue
+
 .PHONY: install lint test test-slow test-gpu test-kill benchmark-data benchmark-throughput benchmark-memory benchmark-startup \
-	benchmark-glue benchmark-minimal-pairs quickstart glue
+	benchmark-glue benchmark-minimal-pairs benchmark-speedrun quickstart glue
 
 install:
 	pip install -e '.[dev]'
@@ -45,11 +48,15 @@ benchmark-glue:
 benchmark-minimal-pairs:
 	python benchmarks/minimal_pairs.py
 
+# Ten minutes and three seeds of each arm, and what the models are worth downstream: two hours.
+benchmark-speedrun:
+	python benchmarks/speedrun.py --time_budget 10m --arms paper_v2,ours --seeds 3 --text $(BOOKS) --probe $(GLUE_DATA) \
+		--output_dir out/speedrun
+
 quickstart:
 	accelerate launch run_mlm_cram.py training_args/quickstart.yaml
 
 # The README's table: the quickstart's model against the same network from scratch.
-GLUE_DATA = ../shared/data/glue
 GLUE = python run_glue.py training_args/glue_small.yaml --model_name_or_path out/quickstart --glue_data $(GLUE_DATA) \
 	--tasks stsb,cola,mrpc,sst2 --max_train_samples 10000 --seeds 3
 glue:

@@ -6,7 +6,9 @@ Recipes against each other at one budget: time to the same held-out loss, and lo
 Every run is a process of its own; the arms take turns, on the same rows, tokenizer and held-out masks (15 %). An arm
 is an entry of benchmarks/speedrun_arms.yaml, or a recipe file. The clock stands still while torch compiles and while
 the held-out loss is measured; `--count_compile` counts compiling, from an empty cache. `--sweep` tries a grid on each
-arm, say 'learning_rate=1e-3,2e-3 train_batch_rows=64,128'. Results: D/results.json, curves: D/curves.png.
+arm, say 'learning_rate=1e-3,2e-3 train_batch_rows=64,128'. `--probe GLUE_FOLDER` asks of every model, and of each arm's network
+from scratch, what it is worth downstream (benchmarks/transfer_probe.py), behind the clock. Results: D/results.json,
+curves: D/curves.png.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from pathlib import Path
 import yaml
 
 ARMS_FILE = Path(__file__).with_name("speedrun_arms.yaml")
+PROBE = Path(__file__).with_name("transfer_probe.py")
 TRAINING_ARGS = Path(__file__).parents[1] / "training_args"
 NUMBER = re.compile(r"[\d.]+e-?\d+")
 SPLIT_VALUES = re.compile(r",(?![^{]*})")  # not inside {...}
@@ -308,9 +311,8 @@ def run_all(
     """
 
     def run(name: str, seed: int) -> dict:
-        run_name = f"{name}-{seed}".replace("/", "_").replace(" ", "_")
-        saved = {"save_to": str(output_dir / "models" / run_name)} if save_models else {}
-        result = run_job({**jobs[name], **saved, "seed": seed}, run_name)
+        saved = {"save_to": str(model_folder(output_dir, name, seed))} if save_models else {}
+        result = run_job({**jobs[name], **saved, "seed": seed}, model_folder(output_dir, name, seed).name)
         with open(output_dir / "runs.jsonl", "a") as stream:
             stream.write(json.dumps({"arm": name, "seed": seed, **result}) + "\n")
         print(
@@ -329,6 +331,42 @@ def run_all(
     with ThreadPoolExecutor(at_once) as pool:
         results = dict(zip(order, pool.map(lambda turn: run(*turn), order), strict=True))
     return {name: [results[name, seed] for seed in range(first_seed, first_seed + seeds)] for name in jobs}
+
+
+def model_folder(output_dir: Path, name: str, seed: int) -> Path:
+    """Where the model of an arm and a seed is kept."""
+    return output_dir / "models" / f"{name}-{seed}".replace("/", "_").replace(" ", "_")
+
+
+def run_probes(
+    runs: dict[str, list[dict]], output_dir: Path, first_seed: int, glue_data: str, probe_seeds: str
+) -> None:
+    """Put the probe's scores into every run, and those of the same network from scratch into an arm's first."""
+    for name, results in runs.items():
+        for number, result in enumerate(results):
+            folder = model_folder(output_dir, name, first_seed + number)
+            choices: dict[str, list[str]] = {"probe": []}
+            if number == 0:
+                choices["probe_from_scratch"] = ["--from_scratch"]
+            for key, flags in choices.items():
+                scores = folder / f"{key}.json"
+                command = [
+                    sys.executable, str(PROBE), "--model", str(folder), "--glue_data", glue_data,
+                    "--seeds", probe_seeds, "--output", str(scores), *flags,
+                ]  # fmt: skip
+                with open(output_dir / f"{folder.name}-{key}.log", "w") as stream:
+                    if subprocess.run(command, stdout=stream, stderr=stream).returncode:
+                        raise SystemExit(f"benchmarks/speedrun.py: error: probe failed, see {stream.name}")
+                result[key] = json.loads(scores.read_text())
+                print_probe(f"{name} seed {first_seed + number} {key.removeprefix('probe_')}", result[key])
+
+
+def print_probe(title: str, scores: dict) -> None:
+    tasks = ", ".join(
+        f"{task} {frozen:.1f} frozen, {statistics.median(scores['short'][task]):.1f} fine-tuned"
+        for task, frozen in scores["frozen"].items()
+    )
+    print(f"{title}: {tasks}", flush=True)
 
 
 def report(runs: dict[str, list[dict]], output_dir: Path) -> dict:
@@ -428,6 +466,8 @@ def main() -> None:
     parser.add_argument("--sweep", nargs="+", default=[], help="name=value[,value] ...: a grid on every arm")
     parser.add_argument("--count_compile", action="store_true", help="compiling counts, from an empty cache")
     parser.add_argument("--save_models", action="store_true", help="keep the trained models in the output folder")
+    parser.add_argument("--probe", metavar="GLUE_FOLDER", help="score every model downstream too")
+    parser.add_argument("--probe_seeds", default="3", help="of the probe's fine-tuning, a number or a list")
     parser.add_argument("--at_once", type=int, default=1, help="runs beside each other; with --max_steps only")
     parser.add_argument("--no_compile", action="store_true", help="for short runs of equal steps")
     parser.add_argument("--cache_dir", help="of the prepared text")
@@ -463,7 +503,10 @@ def main() -> None:
         "one_thread": options.at_once > 1,
     }  # fmt: skip
     jobs = {name: {**job, "arm": arm} for name, arm in arms.items()}
-    runs = run_all(jobs, options.seeds, output_dir, options.first_seed, options.save_models, options.at_once)
+    save_models = options.save_models or options.probe is not None
+    runs = run_all(jobs, options.seeds, output_dir, options.first_seed, save_models, options.at_once)
+    if options.probe is not None:
+        run_probes(runs, output_dir, options.first_seed, options.probe, options.probe_seeds)
     report(runs, output_dir)
 
 

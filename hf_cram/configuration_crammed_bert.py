@@ -31,6 +31,16 @@ AUTO_MAP = {
     "AutoModelForMultipleChoice": "modeling_crammed_bert.CrammedBertForMultipleChoice",
 }
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "classifier_hidden_size",
+)
+
 
 @auto_docstring(
     custom_intro="""
@@ -59,7 +69,7 @@ class CrammedBertConfig(PreTrainedConfig):
             or `"rotary"`.
         rotary_base (`float`): base of the rotary wavelengths.
         type_vocab_size (`int`): rows of the token type table; 0 accepts `token_type_ids` and ignores them.
-        pad_token_id (`int`): id of the padding token, whose embedding stays zero.
+        pad_token_id (`int`): id of the padding token, whose embedding gets no gradient as an input.
         qkv_bias (`bool`): biases of the query, key and value projections.
         linear_bias (`bool`): biases of the attention output and feed-forward matrices.
         decoder_bias (`bool`): bias of the output vocabulary.
@@ -132,9 +142,9 @@ class CrammedBertConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Refuse shapes that cannot be built."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        for name in SIZES:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "

@@ -17,7 +17,7 @@ WINDOW = 4  # tokens to either side
 CONTEXTS = 2048  # most frequent tokens that are counted as neighbours
 SMOOTHING = 0.75  # exponent of the neighbours' frequencies
 POWER_ITERATIONS = 2
-EMBEDDING_STD = 0.05
+EMBEDDING_STD = 0.1
 
 
 def cooccurrence_embeddings(
@@ -62,7 +62,7 @@ def cooccurrence_embeddings(
 @torch.no_grad()
 def initialize_embeddings_from_text(model: nn.Module, dataset: Dataset, seed: int = 0) -> None:
     """
-    Overwrite the input embeddings of `model` with [`cooccurrence_embeddings`] of `dataset`, of standard deviation 0.05.
+    Overwrite the input embeddings of `model` with [`cooccurrence_embeddings`] of `dataset`, of standard deviation 0.1.
 
     Rows are taken evenly from the whole data set, up to 5 million tokens; tokens that do not occur in them keep their
     embedding. Raises ValueError where the rows have no `input_ids` or differ in length.

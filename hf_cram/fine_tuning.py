@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,7 +51,7 @@ PADDING_MULTIPLE = 8
 # The content of a checkpoint, as far as it decides the scores.
 HASHED_FILES = (
     "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
-    "special_tokens_map.json", "added_tokens.json",
+    "special_tokens_map.json", "added_tokens.json", "*.py",
 )  # fmt: skip
 # What a checkpoint with missing, damaged or contradictory files raises.
 LOADING_ERRORS = (
@@ -243,7 +244,7 @@ def longest_example(encoder: EncoderArguments, tokenizer: PreTrainedTokenizerBas
     Tokens of the longest example: `max_seq_length`, or what tokenizer and model can take, padding included, where that
     is less.
     """
-    positions = load_config(encoder).to_dict().get("max_position_embeddings") or encoder.max_seq_length
+    positions = load_config(encoder).to_dict().get("max_position_embeddings") or sys.maxsize
     longest = min(encoder.max_seq_length, tokenizer.model_max_length)
     padded = -longest % PADDING_MULTIPLE + longest
     return longest if padded <= positions else positions // PADDING_MULTIPLE * PADDING_MULTIPLE or positions

@@ -170,6 +170,8 @@ class GlueRun:
         self.output_dir = output_folder(encoder, args.output_dir, endings)
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
         # What is wrong with the last task shall be known before the first is trained.
+        # Once: a file that changes while the run goes on is other data than what was read.
+        self.data_ids = {task.name: self.data_id(task) for task in self.tasks}
         self.data = {task.name: self.own_data or load_glue_task(task, glue.glue_data) for task in self.tasks}
         self.metrics = {task.name: load_metric(glue.metric, task) for task in self.tasks}
         regression = next((task.name for task in self.tasks if not task.label_names), None)
@@ -257,7 +259,7 @@ class GlueRun:
         with tqdm(total=len(pairs), bar_format=layout, disable=not self.is_main, dynamic_ncols=True) as bar:
             for number, (task, seed) in enumerate(pairs):
                 bar.set_description_str(f"{title}{task.name} seed {seed} ({number + 1}/{len(pairs)})")
-                key = {"setting_id": setting_id, "task": task.name, "seed": seed, "data_id": self.data_id(task)}
+                key = {"setting_id": setting_id, "task": task.name, "seed": seed, "data_id": self.data_ids[task.name]}
                 is_kept = keep_model and seed == seeds[0]
                 line = self.log.find(**key)
                 if line is None or (is_kept and not self._holds_model(task, key)):
@@ -279,7 +281,7 @@ class GlueRun:
             "setting": {
                 **args.setting,
                 **{name: getattr(self.encoder, name) for name in ("dropout", "pooling", "max_seq_length")},
-                "max_train_samples": self.glue.max_train_samples,
+                "max_train_samples": self._binding_limit(),
                 "metric": Path(self.glue.metric).name if self.glue.metric else None,
             },
             "setting_id": setting_id,
@@ -287,6 +289,11 @@ class GlueRun:
                 task.name: finished[task.name, seeds[0]]["examples_per_second"] for task in self.tasks
             },
         }
+
+    def _binding_limit(self) -> int | None:
+        """`max_train_samples`, where a task has more examples."""
+        limit = self.glue.max_train_samples
+        return limit if limit is not None and any(limit < len(data.train) for data in self.data.values()) else None
 
     def _run_pair(
         self,

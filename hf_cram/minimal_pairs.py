@@ -91,6 +91,8 @@ def read_pairs(sources: Sequence[str], limit: int | None = None) -> list[Minimal
     if len(different) < len(pairs):
         place = next(pair.place for pair in pairs if pair.good == pair.bad)
         logger.warning("%d pairs of equal sentences are left out, the first: %s", len(pairs) - len(different), place)
+    if not different:
+        raise MinimalPairsError("there are no pairs to score: both sentences of each are equal")
     return different
 
 

@@ -18,10 +18,6 @@ from .data.errors import nearest
 
 # Follow from the tokenizer.
 TOKENIZER_FIELDS = ("vocab_size", "pad_token_id")
-SIZES = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
-    "classifier_hidden_size",
-)  # fmt: skip
 
 
 def _plain_type(annotation: Any) -> Any:
@@ -35,9 +31,6 @@ def _check_model(arguments: Any) -> None:
     for name in ("hidden_act", "classifier_activation"):
         if values[name] not in ACT2FN:
             raise ValueError(f"{name}: unknown activation {values[name]!r}{nearest(values[name], ACT2FN)}")
-    for name in SIZES:
-        if values[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {values[name]}")
     for name in values:
         if "dropout" in name and not 0 <= values[name] <= 1:
             raise ValueError(f"{name} is a share from 0 to 1, got {values[name]}")

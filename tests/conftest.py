@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from hf_cram import CrammedBertConfig
 
@@ -21,6 +22,12 @@ SHARED = REPOSITORY.parent / "shared"
 VOCAB_SIZE = 105
 
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(autouse=True)
+def progress_bars():
+    """A program that a test has run in this process may have turned them off."""
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

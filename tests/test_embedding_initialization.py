@@ -65,7 +65,7 @@ def test_only_the_embeddings_of_tokens_that_occur_change(tiny_config, build):
         else:
             assert torch.equal(tensor[:5], before[name][:5])  # special tokens are not in the rows
             assert not torch.isclose(tensor[5:], before[name][5:]).all(1).any()
-            assert tensor[5:].std().item() == pytest.approx(0.05, rel=0.2)
+            assert tensor[5:].std().item() == pytest.approx(0.1, rel=0.2)
 
 
 def test_the_same_rows_give_the_same_embeddings(tiny_config):

@@ -199,6 +199,9 @@ def test_pairs_of_equal_sentences_are_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "old.jsonl").mkdir()  # a folder among the files
     assert [pair.bad for pair in read_pairs([str(tmp_path)])] == ["w2", "w3"]
     assert f"2 pairs of equal sentences are left out, the first: {tmp_path / 'pairs.jsonl'}, line 2" in caplog.text
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"sentence_good": "w1", "sentence_bad": "w1"}))
+    with pytest.raises(MinimalPairsError, match="no pairs to score: both sentences of each are equal"):
+        read_pairs([str(tmp_path)])
 
 
 def test_sentences_that_cannot_be_scored(models, tokenizer):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SHARED
 
 SCRIPT = REPOSITORY / "benchmarks" / "speedrun.py"
 spec = importlib.util.spec_from_file_location("speedrun", SCRIPT)
@@ -83,12 +83,22 @@ def test_every_arm_builds(name, tokenizer):
     assert model.get_output_embeddings().out_features == len(tokenizer)
 
 
+def test_runs_beside_each_other_have_no_clock(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--at_once", "2", "--text", "a", "--output_dir", "b"])
+    with pytest.raises(SystemExit):
+        speedrun.main()
+    assert "compare equal steps with --max_steps" in capsys.readouterr().err
+
+
 def test_an_unknown_arm_is_one_line():
     with pytest.raises(SystemExit, match="no arm 'our': choose from paper_v2"):
         speedrun.read_arm("our")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not (SHARED / "data" / "glue").is_dir(), reason="the probe needs real GLUE tasks in ../shared/data"
+)
 def test_a_real_comparison(tmp_path, python_environment):
     text = tmp_path / "text.txt"
     words = ["river", "stone", "house", "garden", "letter", "window", "winter", "summer", "walked", "looked"]
@@ -97,7 +107,8 @@ def test_a_real_comparison(tmp_path, python_environment):
     command = [sys.executable, SCRIPT, "--max_steps", "4", "--arms", "paper_v2,bert", "--text", text, "--vocab_size",
                "120", "--length", "32", "--eval_rows", "8", "--output_dir", tmp_path / "out", "--cache_dir",
                tmp_path / "cache", "--sweep", "hidden_size=32", "intermediate_size=64",
-               "per_device_train_batch_size=4", "train_batch_rows=4"]  # fmt: skip
+               "per_device_train_batch_size=4", "train_batch_rows=4", "--probe", SHARED / "data" / "glue",
+               "--probe_seeds", "1"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), env=python_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -107,4 +118,8 @@ def test_a_real_comparison(tmp_path, python_environment):
         assert len(arm["final_loss"]) == 1
         assert arm["tokens_per_second"] > 0
         assert [seconds for seconds, _ in arm["curve"]] == sorted(seconds for seconds, _ in arm["curve"])
+        for scores in (arm["runs"][0]["probe"], arm["runs"][0]["probe_from_scratch"]):
+            assert set(scores["frozen"]) == {"sst2", "cola", "stsb"}
+            assert all(len(values) == 1 for values in scores["short"].values())
+        assert arm["runs"][0]["probe"]["frozen"] != arm["runs"][0]["probe_from_scratch"]["frozen"]
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000

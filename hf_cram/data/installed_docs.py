@@ -96,7 +96,7 @@ def fingerprint_installed(search_paths: Sequence[str] | None = None) -> str:
     """Hash of Python's version and of the names, versions and file lists (with hashes) of installed distributions."""
     digest = hashlib.blake2b(f"rules {RULES_VERSION}".encode(), digest_size=16)
     if search_paths is None:
-        library = [f"{path.name} {path.stat().st_size}" for _, path in _library_files()]
+        library = [f"{path.name} {path.stat().st_size}" for _, path in _library_files() if path.is_file()]
         digest.update("\n".join(["python", platform.python_version(), *library]).encode())
     for distribution in _distributions(search_paths):
         # A record names its own installer's files as well, in an order of the installer's.

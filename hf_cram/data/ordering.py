@@ -161,14 +161,16 @@ def _score(
     arguments: OrderingArguments,
     on_progress: OnProgress = lambda part, rows, total: None,
 ) -> np.ndarray:
-    indices = np.arange(num_rows, dtype=np.uint64)
     if arguments.row_order == "none":
-        return indices.astype(np.float64)
-    if arguments.row_order == "random":
-        key = mix64(np.array([arguments.row_order_seed + 1], dtype=np.uint64))
-        return mix64(mix64(indices + key) + key) / 2.0**64
+        return np.arange(num_rows, dtype=np.float64)
     rows_at_once = max(1, CHUNK_TOKENS // max_seq_length)
     spans = [(start, min(start + rows_at_once, num_rows)) for start in range(0, num_rows, rows_at_once)]
+    scores = np.empty(num_rows)
+    if arguments.row_order == "random":
+        key = mix64(np.array([arguments.row_order_seed + 1], dtype=np.uint64))
+        for start, end in spans:
+            scores[start:end] = mix64(mix64(np.arange(start, end, dtype=np.uint64) + key) + key) / 2.0**64
+        return scores
     if arguments.row_order in ("unigram", "rare_tokens"):
         counts = np.zeros(len(tokenizer), dtype=np.int64)
         for start, end in spans:
@@ -177,7 +179,6 @@ def _score(
         measure = _measure_by_counts(arguments.row_order, counts)
     else:
         measure = _measure_by_texts(arguments.row_order, tokenizer)
-    scores = np.empty(num_rows)
     for start, end in spans:
         scores[start:end] = measure(read(start, end))
         on_progress("scoring", end - start, num_rows)

@@ -8,6 +8,7 @@ prepares the text of a recipe and prints what each step read, kept and cost; tra
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,7 @@ def prepare_corpus(arguments: DataArguments) -> PreparedCorpus:
     text = deduplicate(source, arguments, place, arguments.token_limit)
     tokens = TokensStage(TokenizerStage(text, arguments, place), arguments, arguments)
     directory, from_cache = RowsStage(tokens, arguments, arguments).open()
-    corpus = open_corpus(directory, arguments.max_seq_length, from_cache)
-    # The entry may have been made from the same text under other names.
-    counts = corpus.statistics["sources"].values()
-    corpus.statistics["sources"] = dict(zip(arguments.named_sources(), counts, strict=True))
-    return corpus
+    return open_corpus(directory, arguments.max_seq_length, from_cache, list(arguments.named_sources()))
 
 
 def published_corpus(arguments: DataArguments) -> PublishedCorpus | None:
@@ -124,8 +121,13 @@ def open_cache(arguments: DataArguments) -> Path:
     return cache
 
 
-def open_corpus(directory: Path, max_seq_length: int, from_cache: bool) -> PreparedCorpus:
-    """A complete corpus on disk."""
+def open_corpus(
+    directory: Path, max_seq_length: int, from_cache: bool, source_names: Sequence[str] | None = None
+) -> PreparedCorpus:
+    """A complete corpus on disk; it may have been made from the same text under other names than `source_names`."""
+    statistics = json.loads((directory / STATISTICS_NAME).read_text(encoding="utf-8"))
+    if source_names is not None:
+        statistics["sources"] = dict(zip(source_names, statistics["sources"].values(), strict=True))
     tokenizer = load_tokenizer(directory / "tokenizer")
     dtype = token_dtype(len(tokenizer))
     return PreparedCorpus(
@@ -133,7 +135,7 @@ def open_corpus(directory: Path, max_seq_length: int, from_cache: bool) -> Prepa
         train_dataset=PackedRows(directory / "train.bin", dtype, max_seq_length),
         eval_dataset=PackedRows(directory / "eval.bin", dtype, max_seq_length),
         tokenizer=tokenizer,
-        statistics=json.loads((directory / STATISTICS_NAME).read_text(encoding="utf-8")),
+        statistics=statistics,
         from_cache=from_cache,
     )
 

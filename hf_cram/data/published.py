@@ -133,7 +133,10 @@ class PublishedCorpus:
         tokenizer = folder / TOKENIZER_FOLDER if (folder / TOKENIZER_FOLDER).is_dir() else folder
         if not (tokenizer / "tokenizer.json").is_file():
             raise self.error("its rows have no tokenizer beside them (tokenizer/tokenizer.json): add that of the rows")
-        for file, digest in self.description.get("tokenizer_files", {}).items():
+        earlier = {"tokenizer.json": self.description.get("tokenizer_sha256")}
+        for file, digest in self.description.get("tokenizer_files", earlier).items():
+            if digest is None:
+                continue
             if not (tokenizer / file).is_file() or sha256_of_file(tokenizer / file) != digest:
                 raise self.error(
                     f"its tokenizer is not the one that was published with it ({file}): download or publish it again"

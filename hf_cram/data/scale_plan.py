@@ -164,6 +164,9 @@ class PlannedText:
     def documents(self, count_tokens: Callable[[str], int] | None = None) -> Iterator[str]:
         return self.plan.documents(range(self.plan.tasks), self.report)
 
+    def check_unchanged(self) -> None:
+        """The tasks read the files themselves, on their own machines."""
+
 
 class JoinedTokensStage(TokensStage):
     """[`TokensStage`] whose shards the tasks have written: the same tokens, cut elsewhere."""

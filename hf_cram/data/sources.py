@@ -67,9 +67,9 @@ class _OpenSource:
         self.progress = ReadProgress(None if size is None else size * s.max_passes)
         for number in range(s.max_passes):
             self.progress.before, self.progress.position = number * (size or 0), 0
-            self._check_unchanged()
+            self.check_unchanged()
             yield from itertools.islice(self._read(SkipReport() if number else report), s.max_documents)
-            self._check_unchanged()
+            self.check_unchanged()
 
     def estimate_characters(self, drawn: MixedStream) -> float | None:
         """Characters of all passes, from those drawn so far; `None` where nothing tells."""
@@ -82,7 +82,7 @@ class _OpenSource:
             return size_of_files(self._files)
         return count_rows(self._dataset, self.settings.dataset_split)
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
         """Raises [`DataError`] where a file is another one than when its content was hashed, by which rows are kept."""
         for file, stamp in zip(self._files, self._stamps, strict=False):
             if _stamp(file) != stamp:
@@ -159,6 +159,15 @@ class TextSource:
             documents = source.documents(SkipReport(self.report))
             self._streams.append(MixedStream(name, documents, s.weight, s.max_characters, s.max_tokens, count_tokens))
         return itertools.islice(mix_streams(self._streams, self._note_end), self.arguments.max_documents)
+
+    def check_unchanged(self) -> None:
+        """
+        Raises [`DataError`] where a file has changed since its content was hashed.
+
+        [`documents`] looks before and behind each file's pass; who stops before the end has to ask.
+        """
+        for source in self._sources.values():
+            source.check_unchanged()
 
     def _note_end(self, stream: MixedStream, num_left: int) -> None:
         if stream.num_documents == 0:

@@ -115,6 +115,7 @@ class TokenizerStage:
         with measured_step(record, estimate_total=self._characters_to_read) as advance:
             documents = self._first_characters(record, advance)
             train_tokenizer(documents, a.vocab_size, show_progress=is_progress_bar_enabled()).save_pretrained(folder)
+        self.text.check_unchanged()
         write_steps(folder, [record])
 
     def _characters_to_read(self) -> int | None:
@@ -189,6 +190,7 @@ class TokensStage:
                 self.token_limit,
                 advance,
             )
+        self.text.check_unchanged()
         self.text.report.warn()
         record.documents_in, record.documents_out = shards.total("documents_in"), shards.total("documents")
         record.characters_in, record.characters_out = shards.total("characters_in"), shards.total("characters")

@@ -63,6 +63,8 @@ class Text(Protocol):
 
     def documents(self, count_tokens: Callable[[str], int] | None = None) -> Iterator[str]: ...
 
+    def check_unchanged(self) -> None: ...
+
 
 class SourceText:
     """
@@ -103,6 +105,9 @@ class SourceText:
             if self.max_characters is not None and characters >= self.max_characters:
                 return
 
+    def check_unchanged(self) -> None:
+        self.source.check_unchanged()
+
 
 class WithoutNearDuplicates:
     """A text without the documents that nearly equal an earlier one; kept is only which ones these are."""
@@ -128,6 +133,7 @@ class WithoutNearDuplicates:
 
         with measured_step(record, "B") as bar:
             repeated = find_near_duplicates(documents(), self.similarity, folder, bar.show_part)
+        self.text.check_unchanged()
         characters = np.array(sizes, np.int64)
         record.documents_in, record.documents_out = len(sizes), int((~repeated).sum())
         record.characters_in, record.characters_out = int(characters.sum()), int(characters[~repeated].sum())
@@ -160,6 +166,9 @@ class WithoutNearDuplicates:
         # The limits of the sources follow `count_tokens`, and the marks belong to the documents read without it.
         return (document for document, drop in zip(self.text.documents(), repeated, strict=False) if not drop)
 
+    def check_unchanged(self) -> None:
+        self.text.check_unchanged()
+
 
 class WithoutRepeatedSubstrings:
     """A text without the passages that stood before, kept as files of documents."""
@@ -182,6 +191,7 @@ class WithoutRepeatedSubstrings:
         with measured_step(record, "B") as bar:
             rest = remove_repeated_substrings(documents, self.min_bytes, folder, report, self.memory_mb, bar.show_part)
             write_documents((document for _, document in rest), folder)
+        self.text.check_unchanged()
         record.documents_in, record.documents_out = report.documents_in, report.documents_out
         record.characters_in, record.characters_out = report.characters_in, report.characters_out
         skips = self.text.report
@@ -224,6 +234,9 @@ class WithoutRepeatedSubstrings:
     def documents(self, count_tokens: Callable[[str], int] | None = None) -> Iterator[str]:
         files = sorted(self._entry.glob("documents-*.jsonl.zst"))
         return read_files(files, SkipReport(), max_document_characters=NO_LIMIT)
+
+    def check_unchanged(self) -> None:
+        """What is read is a cache entry."""
 
 
 def write_documents(documents: Iterable[str], folder: Path) -> None:

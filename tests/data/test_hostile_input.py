@@ -15,7 +15,7 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer
 
-from hf_cram.data import tokenizing
+from hf_cram.data import stages, tokenizing
 from hf_cram.data.cache import cached_entry, hash_of
 from hf_cram.data.errors import DataError, SkipReport
 from hf_cram.data.filtering import FilterArguments
@@ -209,6 +209,26 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     path.write_text("replaced")
     with pytest.raises(DataError, match="has changed"):
         next(source.documents())
+
+
+def test_a_file_that_changes_behind_the_limit_of_a_text_is_an_error(tmp_path, monkeypatch):
+    """The tokens asked for are there before the file is read to its end."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(DOCUMENTS * 50))
+    written = stages.write_token_shards
+
+    def write_and_change_the_file(*values):
+        shards = written(*values)
+        with open(path, "a") as stream:
+            stream.write("\none more\n")
+        return shards
+
+    monkeypatch.setattr(stages, "write_token_shards", write_and_change_the_file)
+    settings = arguments(tmp_path, train_files=[str(path)], max_train_tokens=500)
+    with pytest.raises(DataError, match=r"text\.txt: it has changed since this run began"):
+        prepare_corpus(settings)
+    monkeypatch.undo()
+    assert not prepare_corpus(settings).from_cache
 
 
 def test_cached_skips_do_not_name_where_the_text_once_was(tmp_path, caplog):
