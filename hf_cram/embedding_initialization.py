@@ -28,7 +28,7 @@ def cooccurrence_embeddings(
 
     The positive pointwise mutual information of tokens and their neighbours up to `window` to the left and, apart, to
     the right, weighted by 1 / distance, is factorised by a randomised SVD, whose singular values enter with their
-    square root. A token that does not occur has zeros, as have columns beyond the rank. Takes about 50 kB of memory
+    square root. A token that does not occur has zeros, as have columns beyond the rank. Takes about 80 kB of memory
     for each entry of the vocabulary.
     """
     frequencies = np.bincount(rows.reshape(-1), minlength=vocab_size)
