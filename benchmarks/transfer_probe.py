@@ -9,6 +9,7 @@ both means). Short: one setting for all tasks (SHORT below) on at most 4,000 exa
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import tempfile
@@ -100,13 +101,14 @@ def probe(model_folder: str, glue_data: str, seeds: str, from_scratch: bool, tas
         if from_scratch:
             torch.manual_seed(0)
             model = AutoModel.from_config(model.config)
+        # Tells the two texts apart, whatever the model's own head reads.
+        tokenizer = copy.deepcopy(run.tokenizer)
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
         frozen = {}
         for task in run.tasks:
             data = run.encoded(task).data
-            # With the two texts told apart, whatever the model's own head reads.
-            length = longest_example(encoder, run.tokenizer)
-            encoded = encode_task(data, run.tokenizer, length, MOST_EXAMPLES, with_segments=True)
-            frozen[task.name] = frozen_scores(model, run.tokenizer, encoded, data)
+            encoded = encode_task(data, tokenizer, longest_example(encoder, tokenizer), MOST_EXAMPLES)
+            frozen[task.name] = frozen_scores(model, tokenizer, encoded, data)
         with contextlib.redirect_stderr(io.StringIO()):  # one bar of the harness is enough
             results = run.run(args, parse_seeds("seeds", seeds))
     short = {task.name: results["tasks"][task.name][task.headline]["values"] for task in run.tasks}

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from .configuration_crammed_bert import CrammedBertConfig
+from .configuration_crammed_bert import SIZES, CrammedBertConfig
 from .data.errors import DataError
 from .data.tokenization import read_tokenizer
 from .files import flush_to_disk
@@ -69,16 +69,6 @@ SAME_VALUE = {
     "initializer_range": "init.std",
     "classifier_dropout": "classification_head.classifier_dropout",
 }
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "classifier_hidden_size",
-    "num_labels",
-)
 ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU", "silu": "SiLU", "mish": "Mish", "tanh": "Tanh", "sigmoid": "Sigmoid"}
 # Our field, the key under `arch`, and our value: theirs.
 CHOICES: dict[str, tuple[str, dict[Any, Any]]] = {
@@ -198,7 +188,7 @@ def fields_of(arch: Mapping[str, Any]) -> dict[str, Any]:
 
 def build_config(values: Mapping[str, Any]) -> CrammedBertConfig:
     """Our configuration from its JSON values. Raises [`ConversionError`] for sizes and types that cannot be."""
-    for field in SIZES:
+    for field in (*SIZES, "num_labels"):
         if field in values and (not isinstance(values[field], int) or values[field] < 1):
             raise ConversionError(f"{field} = {values[field]!r} is not a positive number")
     try:

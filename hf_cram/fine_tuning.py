@@ -406,7 +406,6 @@ def encode_task(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     max_train_samples: int | None = None,
-    with_segments: bool = False,
 ) -> EncodedTask:
     """Encode every split; `max_train_samples` keeps a random part of training, the same for every model and seed."""
     train = data.train
@@ -414,12 +413,9 @@ def encode_task(
         train = train.shuffle(seed=0).select(range(max_train_samples))
     return EncodedTask(
         data,
-        encode(train, data.task, tokenizer, max_length, with_segments),
-        {
-            column: encode(split, data.task, tokenizer, max_length, with_segments)
-            for column, split in data.validation.items()
-        },
-        {name: encode(split, data.task, tokenizer, max_length, with_segments) for name, split in data.test.items()},
+        encode(train, data.task, tokenizer, max_length),
+        {column: encode(split, data.task, tokenizer, max_length) for column, split in data.validation.items()},
+        {name: encode(split, data.task, tokenizer, max_length) for name, split in data.test.items()},
     )
 
 

@@ -314,18 +314,10 @@ def _number_labels(
     return names, DatasetDict(numbered)
 
 
-def encode(
-    dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, with_segments: bool = False
-) -> list[dict[str, Any]]:
-    """
-    One dict of the model's inputs an example, cut to `max_length` tokens, with its `label` where there is one.
-
-    `with_segments` adds `token_type_ids` where the tokenizer leaves them out by default.
-    """
+def encode(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
+    """One dict of the model's inputs an example, cut to `max_length` tokens, with its `label` where there is one."""
     texts = [["" if text is None else str(text) for text in dataset[column]] for column in task.text_columns]
-    encoded = tokenizer(
-        *texts, truncation=True, max_length=max_length, return_token_type_ids=True if with_segments else None
-    )
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     columns = {key: encoded[key] for key in encoded}
     if "label" in dataset.column_names:
         columns["label"] = list(dataset["label"])

@@ -86,6 +86,12 @@ def model_folder(tiny_config, tokenizer, tmp_path):
 FAST = ["--learning_rate", "3e-3", "--num_train_epochs", "3", "--bf16", "false", "--dropout", "0"]
 
 
+def fast_arguments(model_folder, glue_data, tmp_path):
+    """A short run of `model_folder` into `tmp_path / "out"`."""
+    places = {"model_name_or_path": model_folder, "glue_data": glue_data, "output_dir": tmp_path / "out"}
+    return [*(part for name, value in places.items() for part in (f"--{name}", value)), *FAST]
+
+
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["run_glue.py", *map(str, arguments)])
     run_glue.main()
@@ -556,15 +562,7 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         "            raise TypeError('classes only')\n"
         "        return {'table': [1, 2]}\n"
     )
-    arguments = [
-        "--model_name_or_path",
-        model_folder,
-        "--glue_data",
-        glue_data,
-        "--output_dir",
-        tmp_path / "out",
-        *FAST,
-    ]
+    arguments = fast_arguments(model_folder, glue_data, tmp_path)
     for name, tasks, message in (
         (metric, "stsb", "does not score stsb: classes only"),
         (metric, "wnli", "gives no number for wnli"),
@@ -644,15 +642,7 @@ def test_faults_of_the_machine_are_one_line(monkeypatch, glue_data, model_folder
         raise fault
 
     monkeypatch.setattr("transformers.Trainer.train", fail)
-    arguments = [
-        "--model_name_or_path",
-        model_folder,
-        "--glue_data",
-        glue_data,
-        "--output_dir",
-        tmp_path / "out",
-        *FAST,
-    ]
+    arguments = fast_arguments(model_folder, glue_data, tmp_path)
     monkeypatch.setattr(sys, "argv", ["run_glue.py", *map(str, arguments), "--tasks", "wnli", "--seeds", "1"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(REPOSITORY / "run_glue.py"), run_name="__main__")
