@@ -15,7 +15,7 @@ import datasets
 
 import hf_cram  # noqa: F401 registers the crammed BERT with the Auto classes
 from hf_cram.data.errors import first_line
-from hf_cram.fine_tuning import EncoderArguments, FineTuningArguments
+from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
 from hf_cram.glue_outputs import RESULTS_NAME, results_table
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
 from hf_cram.hardware import OUT_OF_MEMORY, is_out_of_memory

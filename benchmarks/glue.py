@@ -17,16 +17,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 from transformers.utils import logging as transformers_logging
 
 import hf_cram  # noqa: F401 registers the crammed BERT
-from hf_cram.fine_tuning import (
-    EncodedTask,
-    EncoderArguments,
-    FineTuner,
-    FineTuningArguments,
-    build_classifier,
-    encode_task,
-    load_tokenizer,
-)
-from hf_cram.glue import TASKS, load_glue_task
+from hf_cram.classifier import build_classifier, load_tokenizer
+from hf_cram.fine_tuning import FineTuner
+from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
+from hf_cram.glue import TASKS
+from hf_cram.glue_data import load_glue_task
+from hf_cram.glue_encoding import EncodedTask, encode_task
 
 BAR = 1.5
 BATCH_SIZE = 16

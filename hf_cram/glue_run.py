@@ -13,31 +13,13 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from .classifier import fingerprint, hash_of, load_tokenizer, longest_example
 from .files import write_json_atomically
-from .fine_tuning import (
-    EncodedTask,
-    EncoderArguments,
-    FineTuner,
-    FineTuningArguments,
-    encode_task,
-    fingerprint,
-    hash_of,
-    load_tokenizer,
-    longest_example,
-)
-from .glue import (
-    GLUE_NAME,
-    GlueError,
-    Task,
-    TaskData,
-    aggregate,
-    choose_tasks,
-    headline_metrics,
-    load_glue_task,
-    load_metric,
-    load_own_task,
-    numbers_of,
-)
+from .fine_tuning import FineTuner
+from .fine_tuning_args import EncoderArguments, FineTuningArguments
+from .glue import GlueError, Task, aggregate, choose_tasks, headline_metrics, load_metric, numbers_of
+from .glue_data import GLUE_NAME, TaskData, load_glue_task, load_own_task
+from .glue_encoding import EncodedTask, encode_task
 from .glue_outputs import (
     CHART_NAME,
     PAIRS_NAME,

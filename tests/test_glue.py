@@ -21,8 +21,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 import run_glue
 from hf_cram import CrammedBertForMaskedLM
-from hf_cram.fine_tuning import EncoderArguments, fingerprint, parameter_groups, set_dropout
-from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics, load_own_task
+from hf_cram.classifier import fingerprint, set_dropout
+from hf_cram.fine_tuning import parameter_groups
+from hf_cram.fine_tuning_args import EncoderArguments
+from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics
+from hf_cram.glue_data import load_own_task
 from hf_cram.glue_outputs import submission_lines
 from hf_cram.glue_run import parse_seeds
 from hf_cram.paper_results import PAPER_GLUE_ROWS

@@ -27,10 +27,10 @@ LAYERS = [
         "hub",
     },
     {"checkpointing", "callbacks", "training_args", "convert_cramming_checkpoint", "glue"},
-    {"trainer", "recipes", "fine_tuning", "glue_outputs"},
-    {"script_args"},
-    {"model_card", "report", "text_budget", "memory"},
-    {"glue_run", "minimal_pairs", "prepare"},
+    {"trainer", "recipes", "fine_tuning_args", "glue_data", "glue_outputs"},
+    {"script_args", "classifier", "glue_encoding"},
+    {"fine_tuning", "model_card", "report", "text_budget", "memory"},
+    {"glue_run", "minimal_pairs", "plan", "prepare"},
 ]
 ALONE = {"model_card", "report"}  # take plain dicts
 

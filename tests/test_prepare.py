@@ -13,8 +13,8 @@ import yaml
 from conftest import REPOSITORY
 
 from hf_cram import text_budget
+from hf_cram.data.export import export_corpus
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
-from hf_cram.data.publish import export_corpus
 from hf_cram.prepare import main
 from hf_cram.recipes import ModelArguments
 from hf_cram.script_args import MaskingArguments, TextBudgetArguments

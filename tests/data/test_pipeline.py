@@ -15,9 +15,9 @@ import pytest
 from hf_cram.data import stages, texts, token_shards
 from hf_cram.data.cache import cached_entry, is_complete
 from hf_cram.data.errors import DataError
+from hf_cram.data.export import export_corpus
 from hf_cram.data.ordering import OrderingArguments, score_rows
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
-from hf_cram.data.publish import export_corpus
 
 WORDS = ["the", "of", "and", "a", "to", "in", "is", "was", "that", "it", "for", "on", "as", "with", "his", "he"]
 
@@ -280,8 +280,8 @@ def test_the_number_of_workers_changes_nothing(tmp_path, text, monkeypatch):
 INTERRUPTED = """
 import json, sys
 from hf_cram.data import token_shards
+from hf_cram.data.export import export_corpus
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
-from hf_cram.data.publish import export_corpus
 token_shards.SHARD_CHARACTERS, token_shards.BATCH_CHARACTERS = 3000, 1000
 write_next = token_shards.TokenShards.write_next
 def tell(shards, *args):

@@ -18,12 +18,13 @@ from forked_calls import forked_calls, logged_in_environment
 from hub_server import CUT, TOKEN, Fault, Repository, running_hub
 from huggingface_hub import DatasetCard
 
-from hf_cram.data import publish
+from hf_cram.data import export
 from hf_cram.data.cache import cached_entry
 from hf_cram.data.data_card import size_category
 from hf_cram.data.errors import DataError
+from hf_cram.data.export import export_corpus
 from hf_cram.data.pipeline import DataArguments, open_corpus, prepare_corpus
-from hf_cram.data.publish import PublishArguments, export_corpus, publish_if_asked
+from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.published import find_published_corpus, row_settings, without_folders
 
 LENGTH = 16
@@ -194,8 +195,8 @@ def test_the_exported_folder_loads_with_the_library_and_trains(corpus, folder, t
 
 
 def test_rows_in_many_files_keep_their_order(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "SHARD_BYTES", 100 * LENGTH * 2)
-    monkeypatch.setattr(publish, "GROUP_TOKENS", 30 * LENGTH)
+    monkeypatch.setattr(export, "SHARD_BYTES", 100 * LENGTH * 2)
+    monkeypatch.setattr(export, "GROUP_TOKENS", 30 * LENGTH)
     export_corpus(corpus, tmp_path / "many")
     files = sorted((tmp_path / "many" / "data").glob("train-*"))
     assert len(files) == math.ceil(len(corpus.train_dataset) / 100) > 3
@@ -217,7 +218,7 @@ def test_a_failed_export_leaves_nothing(corpus, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publish, "draw_histogram", full)
+    monkeypatch.setattr(export, "draw_histogram", full)
     with pytest.raises(DataError, match="cannot be written .No space left on device.: name another folder"):
         export_corpus(corpus, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

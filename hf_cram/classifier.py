@@ -1,0 +1,201 @@
+"""Load a checkpoint as a classifier for a task: tokenizer, configuration, a new head; and the hash that names it."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, extract_commit_hash
+from transformers.utils import logging as transformers_logging
+
+from .data.errors import DataError, first_line
+from .data.tokenization import read_tokenizer
+from .fine_tuning_args import EncoderArguments
+from .glue import GlueError
+from .glue_data import TaskData
+from .hardware import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+# Few different lengths: kernels are made for each shape on CPUs (oneDNN), and tensor cores want multiples of 8.
+PADDING_MULTIPLE = 8
+# The content of a checkpoint, as far as it decides the scores.
+HASHED_FILES = (
+    "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
+    "special_tokens_map.json", "added_tokens.json", "*.py",
+)  # fmt: skip
+# What a checkpoint with missing, damaged or contradictory files raises.
+LOADING_ERRORS = (
+    AttributeError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def fingerprint(encoder: EncoderArguments) -> str:
+    """
+    A hash of what is fine-tuned: the settings of the encoder, and the name and commit on the Hub or, of a local folder,
+    the content of config, weights and tokenizer.
+    """
+    settings = asdict(encoder)
+    del settings["trust_remote_code"]
+    folder = Path(encoder.model_name_or_path)
+    if folder.is_dir():
+        del settings["model_name_or_path"]
+        return hash_of(
+            settings, sorted({file for pattern in HASHED_FILES for file in folder.glob(pattern) if file.is_file()})
+        )
+    config_file = cached_file(encoder.model_name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
+    return hash_of({**settings, "commit": extract_commit_hash(config_file, None)})
+
+
+def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:
+    """Twelve hexadecimal digits that name settings and the content of files."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:
+    """
+    The checkpoint's tokenizer, which tells the texts of a pair apart (`token_type_ids`) where the classifier's pooling
+    does. Raises [`GlueError`] where there is none.
+    """
+    pooling = getattr(load_config(encoder), "classifier_pooling", None)
+    try:
+        tokenizer = read_tokenizer(encoder.model_name_or_path, encoder.trust_remote_code)
+    except DataError as error:
+        raise GlueError(f"model_name_or_path: {error}") from error
+    if tokenizer.pad_token is None:
+        raise GlueError(f"model_name_or_path: the tokenizer of {encoder.model_name_or_path} has no pad_token: set one")
+    if pooling == "segments" and "token_type_ids" not in tokenizer.model_input_names:
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "token_type_ids"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # so that it is saved with the model
+    return tokenizer
+
+
+def load_config(encoder: EncoderArguments, **kwargs: Any) -> Any:
+    """The checkpoint's configuration with the encoder's dropout and pooling. Raises [`GlueError`]."""
+    try:
+        config = AutoConfig.from_pretrained(
+            encoder.model_name_or_path, trust_remote_code=encoder.trust_remote_code, **kwargs
+        )
+    except LOADING_ERRORS as error:
+        raise GlueError(
+            f"model_name_or_path: no configuration loads from {encoder.model_name_or_path}: {cause(error)}"
+        ) from error
+    set_dropout(config, encoder.dropout)
+    set_pooling(config, encoder.pooling)
+    return config
+
+
+def longest_example(encoder: EncoderArguments, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Tokens of the longest example: `max_seq_length`, or what tokenizer and model can take, padding included, where that
+    is less.
+    """
+    positions = load_config(encoder).to_dict().get("max_position_embeddings") or sys.maxsize
+    longest = min(encoder.max_seq_length, tokenizer.model_max_length)
+    padded = -longest % PADDING_MULTIPLE + longest
+    return longest if padded <= positions else positions // PADDING_MULTIPLE * PADDING_MULTIPLE or positions
+
+
+def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedModel:
+    """
+    The checkpoint with a new head for the task, or random weights of the same shape, in fp32.
+
+    Raises [`GlueError`] where the checkpoint or its class does not load.
+    """
+    labels = data.task.label_names
+    kwargs: dict[str, Any] = {
+        "num_labels": max(1, len(labels)),
+        "problem_type": "single_label_classification" if labels else "regression",
+    }
+    if labels:
+        kwargs["id2label"] = dict(enumerate(labels))
+        kwargs["label2id"] = {label: number for number, label in enumerate(labels)}
+    config = load_config(encoder, **kwargs)
+    try:
+        if encoder.from_scratch:
+            return AutoModelForSequenceClassification.from_config(
+                config, dtype=torch.float32, trust_remote_code=encoder.trust_remote_code
+            )
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            encoder.model_name_or_path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=encoder.trust_remote_code,
+        )
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise GlueError(
+            f"model_name_or_path: {encoder.model_name_or_path} does not load as a sequence classifier: {cause(error)}"
+        ) from error
+    encoder_prefix = f"{model.base_model_prefix}."
+    if misshapen := [name for name, *_ in info["mismatched_keys"] if name.startswith(encoder_prefix)]:
+        raise GlueError(
+            f"model_name_or_path: {len(misshapen)} weights of {encoder.model_name_or_path} do not have the shapes that "
+            f"its config.json says, {min(misshapen)} among them"
+        )
+    missing = [name for name in info["missing_keys"] if name.startswith(encoder_prefix)]
+    if missing:
+        logger.warning(
+            "%d weights of the encoder are not in %s and start at random, %s among them",
+            len(missing), encoder.model_name_or_path, missing[0],
+        )  # fmt: skip
+    return model
+
+
+def set_pooling(config: Any, pooling: str | None) -> None:
+    """Set what the classifier reads. Raises [`GlueError`] where the model has no such choice."""
+    if pooling is None:
+        return
+    if not hasattr(config, "classifier_pooling"):
+        raise GlueError(f"pooling: {config.model_type} has no classifier_pooling; leave pooling out")
+    try:
+        config.classifier_pooling = pooling
+    except StrictDataclassError as error:
+        raise GlueError(f"pooling: {config.model_type} has no {pooling!r}: {' '.join(str(error).split())}") from error
+
+
+def set_dropout(config: Any, dropout: float | None) -> None:
+    """Set every dropout of a configuration; one that is `None` follows another and stays."""
+    if dropout is not None:
+        for name, value in config.to_dict().items():
+            if "dropout" in name and isinstance(value, float | int) and not isinstance(value, bool):
+                setattr(config, name, dropout)
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the bar and the table of new weights that every load prints: a new head is what is wanted here."""
+    verbosity = transformers_logging.get_verbosity()
+    shows_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shows_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong, in one line: the first of a long story, all of a validation's."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())
+    is_bare = isinstance(error, AttributeError | LookupError | TypeError)
+    return f"{type(error).__name__}: {first_line(error)}" if is_bare else first_line(error)

@@ -1,0 +1,120 @@
+"""The arguments of a fine-tuning: which checkpoint, by which protocol."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from .training_args import OpenPrecisionArguments
+
+
+@dataclass
+class EncoderArguments:
+    """Which checkpoint is fine-tuned, and how its head is put on."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub repository that AutoModel loads."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Random weights of the same shape: the baseline without pretraining."}
+    )
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Tokens of an example; longer ones are cut (paper: 128)."}
+    )
+    dropout: float | None = field(
+        default=0.1,
+        metadata={"help": "All of the model's dropouts while fine-tuning (paper: 0.1); none: the model's."},
+    )
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the classifier reads, for models with classifier_pooling: cls, mean, or (the crammed BERT) "
+            "segments: both texts of a pair apart; none: the model's."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run modelling code that lies in the checkpoint (hf_cram's own needs no such)."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 8:
+            raise ValueError(f"max_seq_length must be at least 8 tokens, got {self.max_seq_length}")
+
+
+@dataclass
+class FineTuningArguments(OpenPrecisionArguments):
+    """
+    [`~transformers.TrainingArguments`] with the paper's protocol as default (section 5.1): 5 epochs of 16 examples, peak
+    learning rate 4e-5, cosine after 10 % of warm-up.
+    """
+
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples of a step on each device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples of an evaluation batch."})
+    num_train_epochs: float = field(
+        default=5.0, metadata={"help": "Passes over the task (the paper's rule: at most 5)."}
+    )
+    learning_rate: float = field(default=4e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "One of transformers' schedules."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or their share where below 1."})
+    weight_decay: float = field(default=0.01, metadata={"help": "On matrices and embeddings."})
+    layer_lr_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Learning rate of a layer as a fraction of the one above it; embeddings are the lowest layer."
+        },
+    )
+    head_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning rate of the new head in multiples of learning_rate."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "group_by_length pads least.", "choices": ["group_by_length", "random", "sequential"]},
+    )
+    save_strategy: SaveStrategy | str = field(default="no", metadata={"help": "Trainer checkpoints within a task."})
+    logging_strategy: IntervalStrategy | str = field(default="no", metadata={"help": "Trainer logs within a task."})
+    disable_tqdm: bool = field(
+        default=True, metadata={"help": "The bar over tasks and seeds stands for the Trainer's."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Unused here: examples hold inputs only."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layer_lr_decay", "head_lr_multiplier"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.optim_args or self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError("fine-tuning is done with AdamW, by the paper's protocol: leave out optim and optim_args")
+
+    def with_seed(self, seed: int) -> "FineTuningArguments":
+        """A copy for one seed."""
+        arguments = copy.copy(self)
+        arguments.seed = arguments.data_seed = seed
+        arguments.push_to_hub = False  # results are pushed, once all are there
+        return arguments
+
+    def with_setting(self, learning_rate: float, batch_size: int, num_train_epochs: float) -> "FineTuningArguments":
+        """A copy for one point of a search."""
+        arguments = copy.copy(self)
+        arguments.learning_rate = learning_rate
+        arguments.per_device_train_batch_size = batch_size
+        arguments.num_train_epochs = num_train_epochs
+        return arguments
+
+    def set_precision(self, bf16: bool) -> None:
+        """Train in bf16 autocast, or in what `fp16` says. Once a process: accelerate knows one precision."""
+        self.bf16 = bf16
+        self.mixed_precision = "fp16" if self.fp16 else "bf16" if bf16 else "no"
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What decides the scores, beside the model and the data."""
+        names = (
+            "learning_rate", "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
+            "weight_decay", "layer_lr_decay", "head_lr_multiplier", "adam_beta1", "adam_beta2", "adam_epsilon",
+            "max_grad_norm", "max_steps", "bf16", "fp16", "gradient_accumulation_steps", "label_smoothing_factor",
+            "lr_scheduler_kwargs", "train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha",
+            "train_batch_size",
+        )  # fmt: skip
+        setting = {name: getattr(self, name) for name in names}
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        return {**setting, "lr_scheduler_type": schedule, "world_size": self.world_size}
