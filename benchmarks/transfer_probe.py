@@ -34,6 +34,7 @@ SHORT = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 16,
     "learning_rate": 3e-4,
+    "embedding_lr_multiplier": 5,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
 }
@@ -97,7 +98,7 @@ def probe(model_folder: str, glue_data: str, seeds: str, from_scratch: bool, tas
     )
     with tempfile.TemporaryDirectory() as folder:
         glue = GlueArguments(tasks=tasks, glue_data=glue_data, max_train_samples=MOST_EXAMPLES)
-        args = FineTuningArguments(output_dir=folder, bf16=False, report_to="none", **SHORT)
+        args = FineTuningArguments(output_dir=folder, report_to="none", **SHORT)
         run = GlueRun(encoder, glue, args)
         model = AutoModel.from_pretrained(model_folder)
         if from_scratch:

@@ -43,12 +43,11 @@ class PairResult:
     examples_per_second: float
 
 
-def parameter_groups(
-    model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_lr_decay: float, head_lr_multiplier: float
-) -> list[dict[str, Any]]:
+def parameter_groups(model: PreTrainedModel, args: FineTuningArguments) -> list[dict[str, Any]]:
     """
-    Groups of the optimiser by depth: layer `i` of `n` has `learning_rate * layer_lr_decay ** (n - 1 - i)`, what lies
-    before the layers one step of decay less, the head `learning_rate * head_lr_multiplier`.
+    Groups of the optimiser by depth: layer `i` of `n` has `learning_rate * layer_lr_decay ** (n - 1 - i)`, the embeddings
+    before the layers one step of decay more, times `embedding_lr_multiplier`, the head
+    `learning_rate * head_lr_multiplier`.
     """
     decayed = set(decayed_parameter_names(model))
     encoder = f"{model.base_model_prefix}."
@@ -61,13 +60,14 @@ def parameter_groups(
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not name.startswith(encoder):
-            rate = learning_rate * head_lr_multiplier
+            rate = args.learning_rate * args.head_lr_multiplier
         elif name in numbers:
-            rate = learning_rate * layer_lr_decay ** (layers - 1 - numbers[name])
+            rate = args.learning_rate * args.layer_lr_decay ** (layers - 1 - numbers[name])
+        elif "embed" in name:
+            rate = args.learning_rate * args.layer_lr_decay**layers * args.embedding_lr_multiplier
         else:
-            below = "embed" in name
-            rate = learning_rate * (layer_lr_decay**layers if below else 1.0)
-        decay = weight_decay if name in decayed else 0.0
+            rate = args.learning_rate
+        decay = args.weight_decay if name in decayed else 0.0
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
@@ -167,11 +167,10 @@ class FineTuner:
 
     def _optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
         args = self.args
-        groups = parameter_groups(
-            model, args.learning_rate, args.weight_decay, args.layer_lr_decay, args.head_lr_multiplier
-        )
         betas = (args.adam_beta1, args.adam_beta2)
-        return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
+        return torch.optim.AdamW(
+            parameter_groups(model, args), lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True
+        )
 
     def prefers_bf16(self, task: EncodedTask) -> bool:
         """Whether bf16 autocast is faster than fp32 here, measured on a batch of middling length."""

@@ -66,6 +66,13 @@ class FineTuningArguments(OpenPrecisionArguments):
     head_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the new head in multiples of learning_rate."}
     )
+    embedding_lr_multiplier: float = field(
+        default=1.0,
+        metadata={
+            "help": "Learning rate of the embeddings in multiples of what their depth gives; above 1 a small model learns "
+            "better what words mean for the task."
+        },
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={"help": "group_by_length pads least.", "choices": ["group_by_length", "random", "sequential"]},
@@ -79,7 +86,7 @@ class FineTuningArguments(OpenPrecisionArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layer_lr_decay", "head_lr_multiplier"):
+        for name in ("layer_lr_decay", "head_lr_multiplier", "embedding_lr_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.optim_args or self.optim not in ("adamw_torch", "adamw_torch_fused"):
@@ -110,9 +117,9 @@ class FineTuningArguments(OpenPrecisionArguments):
         """What decides the scores, beside the model and the data."""
         names = (
             "learning_rate", "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
-            "weight_decay", "layer_lr_decay", "head_lr_multiplier", "adam_beta1", "adam_beta2", "adam_epsilon",
-            "max_grad_norm", "max_steps", "bf16", "fp16", "gradient_accumulation_steps", "label_smoothing_factor",
-            "lr_scheduler_kwargs", "train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha",
+            "weight_decay", "layer_lr_decay", "head_lr_multiplier", "embedding_lr_multiplier", "adam_beta1",
+            "adam_beta2", "adam_epsilon", "max_grad_norm", "max_steps", "bf16", "fp16",
+            "gradient_accumulation_steps", "label_smoothing_factor", "lr_scheduler_kwargs", "train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha",
             "train_batch_size",
         )  # fmt: skip
         setting = {name: getattr(self, name) for name in names}

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.util
+import inspect
 import os
 import resource
 import shutil
@@ -157,6 +158,21 @@ def compile_pays_off(model: nn.Module, device: torch.device, seconds_left: float
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     compile_seconds = COMPILE_SECONDS + COMPILE_SECONDS_PER_LINEAR * linears
     return (seconds_left - compile_seconds) * COMPILE_SPEEDUP > seconds_left
+
+
+def random_batch(
+    model: nn.Module, vocab_size: int, batch: tuple[int, int], mlm_probability: float, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Rows as the collator makes them, of any tokens: `input_ids` and `labels` (B, L), `masked_positions` (B, K)."""
+    rows, length = batch
+    input_ids = torch.randint(0, vocab_size, (rows, length), device=device)
+    count = max(1, round(mlm_probability * length))
+    positions = torch.arange(count, device=device).expand(rows, count) * (length // count)  # (B, K)
+    labels = torch.full_like(input_ids, -100).scatter(1, positions, input_ids.gather(1, positions))
+    inputs = {"input_ids": input_ids, "labels": labels}
+    if "masked_positions" in inspect.signature(model.forward).parameters:
+        inputs["masked_positions"] = positions
+    return inputs
 
 
 def training_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:

@@ -223,6 +223,16 @@ def measure_tensor_memory(config: PreTrainedConfig, setup: TrainingSetup, micro_
     return TrainingMemory(**{name: ledger.peak[name] for name in PARTS}, saved_bytes=training.saved_bytes)
 
 
+def usable_bytes(
+    memory_bytes: float, reserve_bytes: float = RESERVE_BYTES, reserve_share: float = RESERVE_SHARE
+) -> float:
+    """
+    What a step may take of `memory_bytes`: `reserve_bytes` are left for the framework, and `reserve_share` of the step's
+    own bytes for fragmentation.
+    """
+    return (memory_bytes - reserve_bytes) / (1 + reserve_share)
+
+
 def largest_micro_batch(
     config: PreTrainedConfig,
     setup: TrainingSetup,
@@ -232,11 +242,9 @@ def largest_micro_batch(
     reserve_share: float = RESERVE_SHARE,
 ) -> int:
     """
-    Rows of the largest micro-batch, a multiple of `multiple_of`, whose step fits into `memory_bytes`; 0 if none does.
-
-    `reserve_bytes` are left for the framework, and `reserve_share` of the step's own bytes for fragmentation.
+    Rows of the largest micro-batch, a multiple of `multiple_of`, whose step fits into the [`usable_bytes`]; 0 if none does.
     """
-    usable = (memory_bytes - reserve_bytes) / (1 + reserve_share)
+    usable = usable_bytes(memory_bytes, reserve_bytes, reserve_share)
     one, two = (estimate_training_memory(config, setup, rows) for rows in (multiple_of, 2 * multiple_of))
     if one.total_bytes > usable:
         return 0

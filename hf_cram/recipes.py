@@ -52,6 +52,18 @@ ModelArguments = make_dataclass(
 ModelArguments.__doc__ = "Every field of [`CrammedBertConfig`] but those that follow from the tokenizer."
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: one of its values would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        names = [key.value for key, _ in pairs]
+        for key, _ in pairs:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 class RecipeParser(HfArgumentParser):
     """
     Parses `[RECIPE.yaml ...] [--field value ...]` into dataclasses; a mistake is one line that names the key.
@@ -108,7 +120,7 @@ class RecipeParser(HfArgumentParser):
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
         try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+            recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
         except OSError as error:
             self.error(f"recipe {path} cannot be read: {error.strerror}")
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,7 +1,6 @@
 """How much text a run can consume: the measured speed of its model times its budget."""
 
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from .data.collator import parse_phases
@@ -20,7 +18,7 @@ from .data.errors import DataError
 from .data.pipeline import DataArguments, open_cache
 from .data.tokenizing import available_workers
 from .files import write_json_atomically
-from .hardware import bf16_is_faster, largest_linear_shape, memory_errors
+from .hardware import bf16_is_faster, largest_linear_shape, memory_errors, random_batch
 from .script_args import MaskingArguments, TextBudgetArguments, planned_config
 from .trainer import keep_random_state
 from .training_args import CramTrainingArguments
@@ -131,7 +129,7 @@ def measure_tokens_per_second(
     device = training_args.device
     with keep_random_state():
         model = AutoModelForMaskedLM.from_config(config).to(device).train()
-        inputs = _random_batch(model, config.vocab_size, batch, mlm_probability, device)
+        inputs = random_batch(model, config.vocab_size, batch, mlm_probability, device)
         bf16 = training_args.bf16
         if bf16 is None and not training_args.fp16:
             bf16 = bf16_is_faster(device, largest_linear_shape(model))
@@ -154,18 +152,3 @@ def measure_tokens_per_second(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return batch[0] * batch[1] / best
-
-
-def _random_batch(
-    model: nn.Module, vocab_size: int, batch: tuple[int, int], mlm_probability: float, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Rows as the collator makes them, of any tokens: `input_ids` and `labels` (B, L), `masked_positions` (B, K)."""
-    rows, length = batch
-    input_ids = torch.randint(0, vocab_size, (rows, length), device=device)
-    count = max(1, round(mlm_probability * length))
-    positions = torch.arange(count, device=device).expand(rows, count) * (length // count)  # (B, K)
-    labels = torch.full_like(input_ids, -100).scatter(1, positions, input_ids.gather(1, positions))
-    inputs = {"input_ids": input_ids, "labels": labels}
-    if "masked_positions" in inspect.signature(model.forward).parameters:
-        inputs["masked_positions"] = positions
-    return inputs

@@ -1,7 +1,8 @@
 """Arguments of a budgeted training run."""
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -32,9 +33,18 @@ class OpenPrecisionArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.hub_token is not None:
             raise ValueError("hub_token would be written to training_args.bin: set HF_TOKEN or log in instead")
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{spec.name} must be a number, got {value}")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}")
         # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
         asked_for_bf16, self.bf16 = self.bf16, False
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ImportError as error:  # deepspeed, fsdp, an optimiser of another package
+            raise ValueError(" ".join(str(error).split())) from error
         self._set_bf16(asked_for_bf16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 

@@ -23,7 +23,7 @@ import run_glue
 from hf_cram import CrammedBertForMaskedLM
 from hf_cram.classifier import fingerprint, set_dropout
 from hf_cram.fine_tuning import parameter_groups
-from hf_cram.fine_tuning_args import EncoderArguments
+from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
 from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics
 from hf_cram.glue_data import load_own_task
 from hf_cram.glue_outputs import submission_lines
@@ -583,6 +583,9 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
     [
         ("--max_train_samples", "0", "max_train_samples must be at least 1"),
         ("--max_seq_length", "0", "max_seq_length must be at least 8"),
+        ("--learning_rate", "nan", "learning_rate must be a number, got nan"),
+        ("--gradient_accumulation_steps", "0", "gradient_accumulation_steps must be at least 1, got 0"),
+        ("--deepspeed", "ds.json", "'deepspeed>="),
         ("--optim", "adafactor", "leave out optim"),
         ("--train_sampling_strategy", "group_by_size", "invalid choice: 'group_by_size'"),
     ],
@@ -743,9 +746,12 @@ def test_training_on_a_part_is_said_wherever_the_scores_are(monkeypatch, capsys,
     assert note in markdown_table([load_run(model_folder)])
 
 
-def test_learning_rates_by_depth(tiny_config):
+def test_learning_rates_by_depth(tiny_config, tmp_path):
     model = AutoModelForSequenceClassification.from_config(tiny_config)
-    groups = parameter_groups(model, 1e-3, 0.01, layer_lr_decay=0.5, head_lr_multiplier=4.0)
+    args = FineTuningArguments(
+        str(tmp_path), learning_rate=1e-3, layer_lr_decay=0.5, head_lr_multiplier=4.0, embedding_lr_multiplier=8.0
+    )
+    groups = parameter_groups(model, args)
     names = {parameter: name for name, parameter in model.named_parameters()}
     rates = {
         names[parameter]: (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]
@@ -756,7 +762,7 @@ def test_learning_rates_by_depth(tiny_config):
     assert rates["model.final_norm.weight"] == (1e-3, 0.0)
     assert rates["model.layers.1.mlp.dense_in.weight"] == (1e-3, 0.01)
     assert rates["model.layers.0.mlp.dense_in.weight"] == (0.5e-3, 0.01)
-    assert rates["model.embeddings.word_embeddings.weight"] == (0.25e-3, 0.01)
+    assert rates["model.embeddings.word_embeddings.weight"] == (2e-3, 0.01)
 
 
 def test_dropout_reaches_every_field(tiny_config):

@@ -191,6 +191,8 @@ def test_a_mistake_in_a_later_recipe_names_its_file(tmp_path, capsys):
         ("bf16: maybe", "bf16"),
         ("just text", "must hold 'key: value' lines"),
         ("a: [", "not valid YAML"),
+        ("seed: 1\nseed: 2", "key 'seed' stands twice"),
+        ("lr_scheduler_kwargs: {warmup: 0.1, warmup: 0.2}", "key 'warmup' stands twice"),
         ("time_budget: soon", "'soon' is not a duration"),
         ("eval_rows: 0", "eval_rows must be at least 1"),
     ],

@@ -633,6 +633,7 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"time_budget": "5s", "lr_schedule": "trianglez"}, "did you mean 'triangle2'"),
         ({"time_budget": "5s", "train_batch_rows": 6}, "multiple of 4"),
         ({"time_budget": "5s", "train_batch_rows": -4}, "multiple of 4"),
+        ({"time_budget": "5s", "learning_rate": float("nan")}, "learning_rate must be a number, got nan"),
         ({"time_budget": "5s", "per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"time_budget": "5s", "save_strategy": "epoch"}, "save_strategy: epoch .* set save_interval"),
         ({"time_budget": "5s", "gradient_accumulation_steps": 2}, "set train_batch_rows"),
