@@ -45,6 +45,7 @@ MANY_MASKED, USUAL_MASKED, MANY_MASKED_UNTIL_TOKENS = 0.4, 0.3, 1e8
 # Muon wins at equal steps and loses at equal time where the batch is small (LOG.md, 24 and 27 November): in where its
 # own products are no more than this share of a step's.
 MUON_LEARNING_RATE, MUON_ITERATIONS, LARGEST_MUON_SHARE = 0.02, 5, 0.1
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 # A choice further off than this factor means that the shapes end.
 FAR_OFF = 3.0
 
@@ -74,7 +75,7 @@ class Shape:
         return CrammedBertConfig(vocab_size=self.vocab_size, **self.model_fields(max_seq_length))
 
     @property
-    def largest_matrix(self) -> tuple[int, int]:
+    def decoder_shape(self) -> tuple[int, int]:
         """(out, in) features of the decoder, whose product the trainer measures too."""
         return self.vocab_size, self.hidden_size
 
@@ -118,7 +119,7 @@ def measured_machine(device: torch.device) -> Machine:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         precision = "bf16" if bf16_is_faster(device, (1024, 1024)) else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    dtype = AUTOCAST_DTYPES[precision] or torch.float32
     speed = lru_cache(lambda shape: measure_matmul_flops(device, dtype, shape))
     return Machine(speed, precision, memory, is_cpu=device.type == "cpu")
 
@@ -170,18 +171,13 @@ def count_work(shape: Shape, max_seq_length: int, mlm_probability: float) -> tup
 
 def evaluate_shape(shape: Shape, budget_seconds: float, machine: Machine, max_seq_length: int) -> Candidate:
     """What the budget can do with a shape on a machine."""
-    speed = MATMUL_PEAK_SHARE * machine.matmul_flops(shape.largest_matrix)
+    speed = MATMUL_PEAK_SHARE * machine.matmul_flops(shape.decoder_shape)
     for mlm_probability in (MANY_MASKED, USUAL_MASKED):
         num_parameters, flops = count_work(shape, max_seq_length, mlm_probability)
         tokens = speed / flops * budget_seconds
         if tokens < MANY_MASKED_UNTIL_TOKENS:
             break
     return Candidate(shape, num_parameters, flops, speed / flops, tokens, mlm_probability)
-
-
-def muon_share(shape: Shape, batch_tokens: int) -> float:
-    """FLOPs of Muon's iterations over a square matrix of the width, in proportion to training's own with that matrix."""
-    return MUON_ITERATIONS * 6 * shape.hidden_size**3 / (6 * shape.hidden_size**2 * batch_tokens)
 
 
 @dataclass(frozen=True)
@@ -206,7 +202,9 @@ class Plan:
 
     @property
     def muon_share(self) -> float:
-        return muon_share(self.candidate.shape, self.batch_tokens)
+        """FLOPs of Muon's iterations over a square matrix of the width, in proportion to a step's own with that matrix."""
+        width = self.candidate.shape.hidden_size
+        return MUON_ITERATIONS * 6 * width**3 / (6 * width**2 * self.batch_tokens)
 
     @property
     def uses_muon(self) -> bool:
@@ -237,22 +235,17 @@ def power_of_two_at_most(number: float) -> int:
     return 2 ** math.floor(math.log2(number))
 
 
-def fitting_micro_batch(candidate: Candidate, machine: Machine, max_seq_length: int, batch_rows: int) -> int:
-    """Rows of the largest micro-batch, a part of the batch by halving, whose step fits the memory; 0 if not even 8 do."""
-    uses_muon = muon_share(candidate.shape, batch_rows * max_seq_length) <= LARGEST_MUON_SHARE
+def fits_memory(plan: Plan, machine: Machine) -> bool:
+    """Whether a step of the plan, by calculation, fits the machine's memory with a reserve."""
     setup = TrainingSetup(
-        max_seq_length=max_seq_length,
-        mlm_probability=candidate.mlm_probability,
-        autocast_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(machine.precision),
-        optimizer="muon" if uses_muon else "adamw",
+        max_seq_length=plan.max_seq_length,
+        mlm_probability=plan.candidate.mlm_probability,
+        autocast_dtype=AUTOCAST_DTYPES[plan.precision],
+        optimizer="muon" if plan.uses_muon else "adamw",
     )
-    config, usable = candidate.shape.config(max_seq_length), usable_bytes(machine.memory_bytes)
-    rows = min(batch_rows, MOST_ROWS_AT_ONCE_ON_CPU if machine.is_cpu else batch_rows)
-    while rows >= SMALLEST_BATCH_ROWS:
-        if estimate_training_memory(config, setup, rows).total_bytes <= usable:
-            return rows
-        rows //= 2
-    return 0
+    config = plan.candidate.shape.config(plan.max_seq_length)
+    memory = estimate_training_memory(config, setup, plan.micro_batch_rows)
+    return memory.total_bytes <= usable_bytes(machine.memory_bytes)
 
 
 def nearest_first(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -262,7 +255,7 @@ def nearest_first(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def choose(candidates: Sequence[Candidate], machine: Machine, max_seq_length: int) -> Plan:
     """
-    The plan of the first of [`nearest_first`] that fits the memory.
+    The plan of the first of [`nearest_first`] that fits the memory, whose micro-batch is the batch, halved until it does.
 
     Raises `ValueError` where of none 8 rows fit.
     """
@@ -270,9 +263,12 @@ def choose(candidates: Sequence[Candidate], machine: Machine, max_seq_length: in
         rows = BATCH_TOKENS_AT_REFERENCE / max_seq_length * math.sqrt(candidate.tokens / TOKENS_AT_REFERENCE)
         nearest = power_of_two_at_most(max(rows * math.sqrt(2), 1))
         batch_rows = min(max(nearest, SMALLEST_BATCH_ROWS), LARGEST_BATCH_ROWS)
-        micro_batch_rows = fitting_micro_batch(candidate, machine, max_seq_length, batch_rows)
-        if micro_batch_rows:
-            return Plan(candidate, machine.precision, max_seq_length, batch_rows, micro_batch_rows)
+        micro_batch_rows = min(batch_rows, MOST_ROWS_AT_ONCE_ON_CPU if machine.is_cpu else batch_rows)
+        while micro_batch_rows >= SMALLEST_BATCH_ROWS:
+            plan = Plan(candidate, machine.precision, max_seq_length, batch_rows, micro_batch_rows)
+            if fits_memory(plan, machine):
+                return plan
+            micro_batch_rows //= 2
     raise ValueError(
         f"{machine.memory_bytes / BYTES_PER_GB:.1f} GB hold of no shape {SMALLEST_BATCH_ROWS} rows of {max_seq_length} "
         "tokens: plan for more memory_gb, or a smaller max_seq_length"
