@@ -33,7 +33,7 @@ from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.source_arguments import INSTALLED_DOCS
 from hf_cram.files import write_atomically
 from hf_cram.hardware import is_out_of_memory
-from hf_cram.launching import start_missing_processes, use_all_cores
+from hf_cram.launching import leave_process_group, start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, TextBudgetArguments
@@ -262,7 +262,9 @@ def write_card(
 if __name__ == "__main__":
     try:
         start_missing_processes()
-        sys.exit(main())
+        status = main()
+        leave_process_group()
+        sys.exit(status)
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         foreseen = isinstance(error, CheckpointError | NonFiniteError | OSError | ValueError)
         if not foreseen and not is_out_of_memory(error):

@@ -40,6 +40,12 @@ def start_missing_processes() -> None:
         os.execv(sys.executable, [*launcher, *sys.argv])
 
 
+def leave_process_group() -> None:
+    """Leave the group of a data-parallel run at its end: a process that ends in the group can abort in its threads."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def use_all_cores(environment: Mapping[str, str]) -> None:
     """
     Share the cores between the processes of this machine where a launcher has set one thread for each.
