@@ -9,175 +9,44 @@ it, for a day on a GPU, it is a guess after Hoffmann et al. (2022). The rows of 
 """
 
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForMaskedLM
 
 from .budget import parse_duration
-from .configuration_crammed_bert import CrammedBertConfig
 from .files import write_atomically
-from .hardware import bf16_is_faster, measure_matmul_flops, random_batch, training_flops
 from .memory import BYTES_PER_GB, TrainingSetup, estimate_training_memory, usable_bytes
 from .recipes import RecipeParser
+from .report import describe_count
+from .shapes import (
+    AUTOCAST_DTYPES,
+    MANY_MASKED,
+    MANY_MASKED_UNTIL_TOKENS,
+    MATMUL_PEAK_SHARE,
+    SHAPES,
+    USUAL_MASKED,
+    Candidate,
+    Machine,
+    evaluate_shape,
+    measured_machine,
+)
 
-# Share of the matrix products' measured speed that training reaches, optimiser and data included (LOG.md: 54 to 89 %).
-MATMUL_PEAK_SHARE = 0.65
-# Tokens of the text for each parameter where the loss is lowest, by the FLOPs of the whole run: of the study, where 1.4 M
-# and 4.7 M parameters meet, and the 20 predictions of Hoffmann et al. (2022) where 30 % of the tokens are predicted.
-# Between both it grows evenly on logarithmic scales, outside of them it stays.
-TOKENS_PER_PARAMETER = ((1e14, 4.0), (1e18, 20 / 0.3))
 # The ten-minute recipe's batch and learning rate, and what they belong to. The batch grows with the square root of the
 # tokens (Zhang et al. 2024, critical batch size), the rate falls with that of the width.
 TOKENS_AT_REFERENCE, BATCH_TOKENS_AT_REFERENCE = 1e7, 2048
 WIDTH_AT_REFERENCE, RATE_AT_REFERENCE = 256, 2e-3
 SMALLEST_BATCH_ROWS, LARGEST_BATCH_ROWS = 8, 2048
 MOST_ROWS_AT_ONCE_ON_CPU = 64
-# Few tokens teach most with many of them masked (LOG.md, 27 November); many with 30 % (Wettig et al. 2023).
-MANY_MASKED, USUAL_MASKED, MANY_MASKED_UNTIL_TOKENS = 0.4, 0.3, 1e8
 # Muon wins at equal steps and loses at equal time where the batch is small (LOG.md, 24 and 27 November): in where its
 # own products are no more than this share of a step's.
 MUON_LEARNING_RATE, MUON_ITERATIONS, LARGEST_MUON_SHARE = 0.02, 5, 0.1
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 # A choice further off than this factor means that the shapes end.
 FAR_OFF = 3.0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A size of the crammed BERT: what decides its parameters and FLOPs."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    vocab_size: int
-
-    def model_fields(self, max_seq_length: int) -> dict[str, Any]:
-        """The configuration's fields but the vocabulary: heads of 64, gated feed-forward of four times the width."""
-        return {
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.hidden_size // 64,
-            "intermediate_size": 4 * self.hidden_size,
-            # Longer sequences than the trained ones come without parameters.
-            "position_embedding_type": "rotary",
-            "max_position_embeddings": max(512, max_seq_length),
-        }
-
-    def config(self, max_seq_length: int) -> CrammedBertConfig:
-        """The model's configuration."""
-        return CrammedBertConfig(vocab_size=self.vocab_size, **self.model_fields(max_seq_length))
-
-    @property
-    def decoder_shape(self) -> tuple[int, int]:
-        """(out, in) features of the decoder, whose product the trainer measures too."""
-        return self.vocab_size, self.hidden_size
-
-
-# Deeper with the width; the vocabulary is a small part of each but the first. The last but one is the paper's.
-SHAPES = (
-    Shape(128, 2, 8192),
-    Shape(256, 4, 8192),
-    Shape(384, 4, 8192),
-    Shape(512, 4, 8192),
-    Shape(512, 8, 16384),
-    Shape(768, 12, 32768),
-    Shape(768, 16, 32768),
-    Shape(1024, 24, 32768),
-)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """
-    What decides a plan, of one process.
-
-    Args:
-        matmul_flops: FLOP/s of products with a weight of (out, in) features, in the machine's `precision`.
-        precision: `"bf16"`, `"fp16"` or `"fp32"`.
-        memory_bytes: what a micro-batch has to fit into.
-        is_cpu: small micro-batches are as fast as large ones.
-    """
-
-    matmul_flops: Callable[[tuple[int, int]], float]
-    precision: str
-    memory_bytes: float
-    is_cpu: bool = False
-
-
-def measured_machine(device: torch.device) -> Machine:
-    """This machine, by a second or two of matrix products for each shape."""
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        precision = "bf16" if bf16_is_faster(device, (1024, 1024)) else "fp32"
-    dtype = AUTOCAST_DTYPES[precision] or torch.float32
-    speed = lru_cache(lambda shape: measure_matmul_flops(device, dtype, shape))
-    return Machine(speed, precision, memory, is_cpu=device.type == "cpu")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What the budget can do with a shape."""
-
-    shape: Shape
-    num_parameters: int
-    flops_per_token: float
-    tokens_per_second: float
-    tokens: float
-    mlm_probability: float
-
-    @property
-    def tokens_per_parameter(self) -> float:
-        return self.tokens / self.num_parameters
-
-    @property
-    def best_tokens_per_parameter(self) -> float:
-        """Where the loss is lowest after so many FLOPs."""
-        return best_tokens_per_parameter(self.tokens * self.flops_per_token)
-
-    @property
-    def times_off(self) -> float:
-        """By which factor the tokens for each parameter miss the best, upwards or downwards: at least 1."""
-        ratio = self.tokens_per_parameter / self.best_tokens_per_parameter
-        return max(ratio, 1 / ratio)
-
-
-def best_tokens_per_parameter(flops: float) -> float:
-    """Tokens for each parameter at the lowest loss that so many FLOPs buy (see `TOKENS_PER_PARAMETER`)."""
-    (low_flops, low), (high_flops, high) = TOKENS_PER_PARAMETER
-    share = math.log(flops / low_flops) / math.log(high_flops / low_flops)
-    return low * (high / low) ** min(max(share, 0.0), 1.0)
-
-
-@lru_cache
-def count_work(shape: Shape, max_seq_length: int, mlm_probability: float) -> tuple[int, float]:
-    """Parameters of a shape, and FLOPs of training for each token; nothing is allocated."""
-    meta = torch.device("meta")
-    with meta:
-        model = AutoModelForMaskedLM.from_config(shape.config(max_seq_length))
-        batch = random_batch(model, shape.vocab_size, (8, max_seq_length), mlm_probability, meta)
-        flops = training_flops(model, batch)
-    return model.num_parameters(), flops / batch["input_ids"].numel()
-
-
-def evaluate_shape(shape: Shape, budget_seconds: float, machine: Machine, max_seq_length: int) -> Candidate:
-    """What the budget can do with a shape on a machine."""
-    speed = MATMUL_PEAK_SHARE * machine.matmul_flops(shape.decoder_shape)
-    for mlm_probability in (MANY_MASKED, USUAL_MASKED):
-        num_parameters, flops = count_work(shape, max_seq_length, mlm_probability)
-        tokens = speed / flops * budget_seconds
-        if tokens < MANY_MASKED_UNTIL_TOKENS:
-            break
-    return Candidate(shape, num_parameters, flops, speed / flops, tokens, mlm_probability)
 
 
 @dataclass(frozen=True)
@@ -282,12 +151,9 @@ def plan_training(time_budget: str, machine: Machine, max_seq_length: int = 128)
     return choose(candidates, machine, max_seq_length), candidates
 
 
-def short(number: float) -> str:
-    """A number of three digits and its unit, for a table."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.2g}" if number < 100 else f"{number:.0f}"
+def describe_ratio(ratio: float) -> str:
+    """Two digits of a small number, all of a large one."""
+    return f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> str:
@@ -296,11 +162,11 @@ def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> s
     lines = [titles[0] + "".join(f"{title:>13}" for title in titles[1:])]
     for candidate in candidates:
         shape = candidate.shape
-        figures = (
-            candidate.num_parameters, candidate.flops_per_token, candidate.tokens_per_second, candidate.tokens,
-            candidate.tokens_per_parameter, candidate.best_tokens_per_parameter,
+        counts = (
+            candidate.num_parameters, candidate.flops_per_token, candidate.tokens_per_second, candidate.tokens
         )  # fmt: skip
-        cells = [f"{shape.vocab_size:,}", *map(short, figures)]
+        ratios = (candidate.tokens_per_parameter, candidate.best_tokens_per_parameter)
+        cells = [f"{shape.vocab_size:,}", *map(describe_count, counts), *map(describe_ratio, ratios)]
         lines.append(
             f"{f'{shape.num_hidden_layers} x {shape.hidden_size}':<14}"
             + "".join(f"{cell:>13}" for cell in cells)
@@ -309,12 +175,12 @@ def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> s
     chosen = plan.candidate
     lines += [
         f"Speed: {MATMUL_PEAK_SHARE:.0%} of the measured {plan.precision} products of each shape's decoder.",
-        f"Size: in {time_budget} this one sees {short(chosen.tokens_per_parameter)} tokens a parameter, the nearest to the "
-        f"{short(chosen.best_tokens_per_parameter)} at which {chosen.tokens * chosen.flops_per_token:.1e} FLOPs buy the "
+        f"Size: in {time_budget} this one sees {describe_ratio(chosen.tokens_per_parameter)} tokens a parameter, the nearest to the "
+        f"{describe_ratio(chosen.best_tokens_per_parameter)} at which {chosen.tokens * chosen.flops_per_token:.1e} FLOPs buy the "
         "lowest loss. Its depth and vocabulary come with its width.",
         f"Batch: {plan.batch_rows} rows ({plan.batch_tokens:,} tokens), by the square root of the tokens; "
-        f"{plan.micro_batch_rows} rows at once; about {short(chosen.tokens / plan.batch_tokens)} steps.",
-        f"Masked: {chosen.mlm_probability:.0%}; up to {short(MANY_MASKED_UNTIL_TOKENS)} tokens {MANY_MASKED:.0%}, "
+        f"{plan.micro_batch_rows} rows at once; about {describe_count(chosen.tokens / plan.batch_tokens)} steps.",
+        f"Masked: {chosen.mlm_probability:.0%}; up to {describe_count(MANY_MASKED_UNTIL_TOKENS)} tokens {MANY_MASKED:.0%}, "
         f"then {USUAL_MASKED:.0%}.",
         f"Rate: AdamW {plan.learning_rate:g}, by the square root of the width"
         + (f"; Muon {MUON_LEARNING_RATE:g} for the matrices" if plan.uses_muon else "; no Muon")

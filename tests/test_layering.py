@@ -26,7 +26,7 @@ LAYERS = [
         "row_stream",
         "hub",
     },
-    {"checkpointing", "callbacks", "training_args", "convert_cramming_checkpoint", "glue"},
+    {"checkpointing", "callbacks", "shapes", "training_args", "convert_cramming_checkpoint", "glue"},
     {"trainer", "recipes", "fine_tuning_args", "glue_data", "glue_outputs"},
     {"script_args", "classifier", "glue_encoding"},
     {"fine_tuning", "model_card", "report", "text_budget", "memory"},
