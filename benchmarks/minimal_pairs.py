@@ -15,14 +15,9 @@ import time
 
 import torch
 
-from hf_cram.minimal_pairs import (
-    BATCH_TOKENS,
-    MinimalPair,
-    load_model,
-    make_fast,
-    score_pairs,
-    surrounding_tokens,
-)
+from hf_cram.minimal_pair_sources import MinimalPair
+from hf_cram.minimal_pairs import load_model, make_fast, score_pairs
+from hf_cram.pseudo_likelihood import BATCH_TOKENS, surrounding_tokens
 
 BAR = 100
 NOUNS = ("teacher", "doctor", "student", "friend", "writer", "driver", "farmer", "singer", "lawyer", "king", "brother",

@@ -13,18 +13,10 @@ from conftest import REPOSITORY, VOCAB_SIZE
 from datasets import Dataset
 from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
-from hf_cram import CrammedBertForMaskedLM, minimal_pairs
-from hf_cram.minimal_pairs import (
-    MinimalPair,
-    MinimalPairsError,
-    compile_encoder,
-    main,
-    make_fast,
-    pseudo_log_likelihoods,
-    read_pairs,
-    score_pairs,
-    surrounding_tokens,
-)
+from hf_cram import CrammedBertForMaskedLM, minimal_pairs, pseudo_likelihood
+from hf_cram.minimal_pair_sources import MinimalPair, MinimalPairsError, read_pairs
+from hf_cram.minimal_pairs import main, make_fast, score_pairs
+from hf_cram.pseudo_likelihood import compile_encoder, pseudo_log_likelihoods, surrounding_tokens
 
 PAIRS = REPOSITORY / "tests" / "data" / "minimal_pairs"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -282,7 +274,7 @@ def test_out_of_memory_names_the_batch(model_folder, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(minimal_pairs, "_logits_at", fail)
+    monkeypatch.setattr(pseudo_likelihood, "_logits_at", fail)
     with pytest.raises(SystemExit, match=r"error: out of memory: lower --batch_tokens \(512\)"):
         main([str(model_folder), "--pairs", str(PAIRS), "--batch_tokens", "512"])
 
