@@ -25,7 +25,7 @@ import yaml
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
-from hf_cram.checkpointing import CheckpointError
+from hf_cram.checkpointing import CheckpointError, read_json, set_aside
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
@@ -33,7 +33,7 @@ from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.source_arguments import INSTALLED_DOCS
 from hf_cram.files import write_atomically
 from hf_cram.hardware import is_out_of_memory
-from hf_cram.launching import leave_process_group, start_missing_processes, use_all_cores
+from hf_cram.launching import end_with_launcher, leave_process_group, start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, TextBudgetArguments
@@ -46,6 +46,8 @@ logger = logging.getLogger("hf_cram")
 # Held-out loss is always measured with these masks, whatever the training's rate and seed.
 EVAL_MLM_PROBABILITY = 0.15
 EVAL_MASK_SEED = 2212
+# What run_glue.py and hf_cram.minimal_pairs leave in a model's folder.
+SCORES = ("glue_results.*", "glue_submission.zip", "minimal_pairs_results.json", ".eval_results")
 # Of the Trainer's own fields, those that a recipe is made of.
 TRAINER_FIELDS = (
     "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
@@ -88,6 +90,20 @@ def main() -> int:
         logger.info("Training reads the rows in their order (%s): train_sampling_strategy is sequential", row_order)
 
     trainer = build_trainer(corpus, model_args, masking_args, training_args)
+    with trainer.keep_folder():
+        return train_and_save(trainer, corpus, recipe, preprocessing_seconds, data_args, card_args)
+
+
+def train_and_save(
+    trainer: CramTrainer,
+    corpus: PreparedCorpus,
+    recipe: dict[str, Any],
+    preprocessing_seconds: float,
+    data_args: DataArguments,
+    card_args: CardArguments,
+) -> int:
+    """Train, and save all that belongs to the result; returns the exit status."""
+    training_args = trainer.args
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if trainer.interrupted_by is not None:
         logger.warning(
@@ -99,7 +115,7 @@ def main() -> int:
         return 128 + trainer.interrupted_by
 
     results = save_results(trainer, preprocessing_seconds, text_name(data_args))
-    if is_main:
+    if trainer.is_world_process_zero():
         write_atomically(trainer.output_dir, {"recipe.yaml": yaml.safe_dump(recipe).encode()})
         write_card(trainer, corpus.tokenizer, results, data_args, card_args, recipe)
         if training_args.push_to_hub:
@@ -159,6 +175,8 @@ def build_trainer(
 def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) -> dict[str, Any]:
     """Save model and results. The clock has stopped: saving and the final evaluation are reported apart."""
     saving_started = time.monotonic()
+    if trainer.args.should_save:
+        set_scores_aside(trainer)
     trainer.save_model()
     trainer.save_state()
     results: dict[str, Any] = {
@@ -176,6 +194,19 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) 
     )
     trainer.save_metrics("all", results, combined=False)
     return results
+
+
+def set_scores_aside(trainer: CramTrainer) -> None:
+    """What earlier weights in the folder have scored is not the score of those that take their place."""
+    folder = trainer.output_dir
+    try:
+        earlier_step = read_json(folder / "all_results.json", "optimizer_steps")["optimizer_steps"]
+    except (OSError, ValueError):
+        earlier_step = None
+    if earlier_step != trainer.state.global_step:
+        moved = set_aside(sorted(path for pattern in SCORES for path in folder.glob(pattern)), folder)
+        if moved is not None:
+            logger.warning("The scores of the earlier weights were moved to %s", moved)
 
 
 def publish(corpus: PreparedCorpus, publish_args: PublishArguments, data_args: DataArguments) -> None:
@@ -261,6 +292,7 @@ def write_card(
 
 if __name__ == "__main__":
     try:
+        end_with_launcher()
         start_missing_processes()
         status = main()
         leave_process_group()

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, and the heartbeat that keeps the clock of a killed run."""
 
+import errno
 import json
 import logging
 import os
@@ -7,12 +8,13 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .files import flush_to_disk, write_json_atomically
@@ -23,6 +25,9 @@ logger = logging.getLogger(__name__)
 RUN_STATE_NAME = "cram_state.json"
 CLOCK_NAME = "clock.json"
 STAGING_NAME = ".saving"
+LOCK_NAME = ".run.lock"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that have none
+LOCK_SECONDS = 10.0  # the loader's workers of a killed run hold its lock until they notice
 CHECKPOINT_PATTERN = re.compile(r"checkpoint-(\d+)")
 REPLACED = "replaced-"
 
@@ -45,6 +50,7 @@ class RunState:
     bf16: bool | None = None
     torch_compile: bool | None = None
     optimizer: str | None = None
+    row_order: str | None = None
 
     def save(self, folder: Path) -> None:
         (folder / RUN_STATE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -82,6 +88,31 @@ def read_clock(output_dir: Path) -> dict[str, Any] | None:
         return read_json(path, "run_id", "elapsed_seconds")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it to start its clock anew") from error
+
+
+@contextmanager
+def lock_run(output_dir: Path) -> Iterator[None]:
+    """
+    Keep `output_dir`, made where it is not there, for one run. Raises [`CheckpointError`] where another is at work:
+    each would move or delete what the other has written.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # Not a marker file in the place of a lock: a killed run would leave it behind.
+    lock = FileLock(output_dir / LOCK_NAME, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise CheckpointError(
+            f"Another run is at work in {output_dir}: wait for its end, stop it, or name another --output_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        logger.warning("%s cannot be locked (%s): start no other run in it", output_dir, error.strerror)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -182,18 +213,22 @@ def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> Path | No
     Returns where they went, `<output_dir>/set-aside-N`, or `None` where there were none.
     """
     step = step_of(checkpoint.resolve()) if checkpoint.resolve().parent == output_dir.resolve() else -1
-    later = [folder for folder in complete_checkpoints(output_dir) if step_of(folder) > step]
-    if not later:
+    return set_aside([folder for folder in complete_checkpoints(output_dir) if step_of(folder) > step], output_dir)
+
+
+def set_aside(paths: Sequence[Path], output_dir: Path) -> Path | None:
+    """Move what belongs to the run no more to `<output_dir>/set-aside-N`, which is returned; `None` for nothing."""
+    if not paths:
         return None
     target = first_free(output_dir / "set-aside")
     try:
         target.mkdir()
-        for folder in later:
-            os.rename(folder, target / folder.name)
+        for path in paths:
+            os.rename(path, target / path.name)
     except OSError as error:
+        names = ", ".join(path.name for path in paths)
         raise CheckpointError(
-            f"{output_dir} holds checkpoints after {checkpoint.name}, which cannot be moved to {target} "
-            f"({error.strerror}): move them away"
+            f"{names} in {output_dir} cannot be moved to {target} ({error.strerror}): move them away"
         ) from error
     return target
 

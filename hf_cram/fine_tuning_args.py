@@ -37,6 +37,8 @@ class EncoderArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.pooling == "none":
+            self.pooling = None
         if self.max_seq_length < 8:
             raise ValueError(f"max_seq_length must be at least 8 tokens, got {self.max_seq_length}")
 

@@ -133,9 +133,9 @@ def submission_lines(task: Task, outputs: np.ndarray) -> list[tuple[int, str]]:
     return [(index, names[int(value)]) for index, value in enumerate(outputs)]
 
 
-def prediction_path(folder: Path, setting_id: str, file_name: str, seed: int) -> Path:
-    """Where the test predictions of a finished pair are kept until the submission is made."""
-    return folder / "predictions" / setting_id / f"{file_name}.seed-{seed}.tsv"
+def prediction_path(folder: Path, setting_id: str, data_id: str, file_name: str, seed: int) -> Path:
+    """Where the test predictions of a finished pair, of these data, are kept until the submission is made."""
+    return folder / "predictions" / setting_id / data_id.replace("/", "--") / f"{file_name}.seed-{seed}.tsv"
 
 
 def write_predictions(path: Path, task: Task, outputs: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from .checkpointing import first_free
 from .classifier import fingerprint, hash_of, load_tokenizer, longest_example
 from .files import write_json_atomically
 from .fine_tuning import FineTuner
@@ -83,6 +84,13 @@ class GlueArguments:
             raise ValueError(
                 f"max_train_samples must be at least 1, got {self.max_train_samples}; leave it out for all"
             )
+        for name in ("seeds", "search_seeds"):
+            parse_seeds(name, getattr(self, name))
+        if self.uses_own_data and (self.tasks or self.glue_data):
+            raise ValueError("train_file is data of your own: leave out tasks and glue_data, which are GLUE's")
+        for name in ("validation_file", "test_file", "text_columns", "regression", "task_name"):
+            if getattr(self, name) and not self.uses_own_data:
+                raise ValueError(f"{name} belongs to data of your own: name a train_file with it, or leave it out")
 
     @property
     def keeps_models(self) -> bool:
@@ -307,7 +315,8 @@ class GlueRun:
                     shutil.rmtree(folder)
                 staging.rename(folder)
             for name, outputs in result.test_outputs.items():
-                write_predictions(prediction_path(self.output_dir, setting_id, name, seed), encoded.data.task, outputs)
+                path = self._prediction_path(setting_id, task, name, seed)
+                write_predictions(path, encoded.data.task, outputs)
         return {
             "encoder_id": self.encoder_id,
             "scores": result.scores,
@@ -362,12 +371,17 @@ class GlueRun:
             values = headline_entry(results, column, headlines[column])["values"]
             seed = median_seed(dict(zip(results["seeds"], values, strict=True)))
             for file_name in (*task.test_splits, *(["AX"] if task.name == "mnli" else [])):
-                path = prediction_path(folder, results["setting_id"], file_name, seed)
+                path = self._prediction_path(results["setting_id"], task, file_name, seed)
                 if path.exists():
                     files[file_name] = path
         if files:
             write_submission(folder / SUBMISSION_NAME, files)
+        elif (earlier := folder / SUBMISSION_NAME).exists():  # of other data, or other tasks
+            earlier.rename(first_free(earlier))
         self._share_with_model(results)
+
+    def _prediction_path(self, setting_id: str, task: Task, file_name: str, seed: int) -> Path:
+        return prediction_path(self.output_dir, setting_id, self.data_ids[task.name], file_name, seed)
 
     @property
     def shared_folder(self) -> Path | None:

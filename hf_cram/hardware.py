@@ -142,13 +142,15 @@ def bf16_trains_faster(model: nn.Module, batch: Mapping[str, Any], rounds: int =
 
 def can_compile(device: torch.device) -> bool:
     """
-    Whether torch.compile's default backend has what it needs: on a CPU a C++ compiler and Python's headers, on a GPU
-    Triton.
+    Whether torch.compile's default backend has what it needs: Python's headers, and on a CPU a C++ compiler, on a GPU
+    Triton and the C compiler that it builds its launchers with.
     """
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return False
     if device.type == "cpu":
-        headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        return shutil.which(os.environ.get("CXX", "g++")) is not None and headers.is_file()
-    return importlib.util.find_spec("triton") is not None
+        return shutil.which(os.environ.get("CXX", "g++")) is not None
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def compile_pays_off(model: nn.Module, device: torch.device, seconds_left: float | None) -> bool:
@@ -158,6 +160,19 @@ def compile_pays_off(model: nn.Module, device: torch.device, seconds_left: float
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     compile_seconds = COMPILE_SECONDS + COMPILE_SECONDS_PER_LINEAR * linears
     return (seconds_left - compile_seconds) * COMPILE_SPEEDUP > seconds_left
+
+
+def eager_attention_is_faster(model: Any, device: torch.device, bf16: bool, compiled: bool) -> bool:
+    """
+    Whether `model` trains faster with plain matrix products than with torch's fused attention.
+
+    On a CPU the fused kernel takes a quarter of a training step for 3 % of its FLOPs in bf16 (torch 2.13, rows of 128;
+    benchmarks/LOG.md). Compiled without it a step is 1.2 to 1.4 times as fast. With dropout of the weights, or in fp32,
+    it is not.
+    """
+    names = ("attention_probs_dropout_prob", "attention_dropout")
+    drops_weights = any(getattr(model.config, name, 0.0) for name in names)
+    return device.type == "cpu" and bf16 and compiled and not drops_weights
 
 
 def random_batch(

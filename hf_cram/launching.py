@@ -1,12 +1,17 @@
 """What launchers leave to be done on a CPU: all the processes that were asked for, on all the cores."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import psutil
 import torch
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LAUNCHERS = ("accelerate", "accelerate-launch")
 MPI_PREFIXES = ("OMPI_", "PMI_", "MPI_", "MV2_")
 
 
@@ -38,6 +43,18 @@ def start_missing_processes() -> None:
     if processes is not None and processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def end_with_launcher() -> None:
+    """
+    Receive SIGTERM when `accelerate launch` is gone, which hands no signal on to the one process it has started: a run
+    whose launcher was stopped ends as if it had been stopped itself. On Linux; elsewhere such a run goes on.
+    """
+    parent = psutil.Process().parent()
+    command = parent.cmdline()[:3] if parent is not None else []
+    is_accelerate = any(part.startswith("accelerate.") or Path(part).name in LAUNCHERS for part in command)
+    if sys.platform == "linux" and is_accelerate and "RANK" not in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def leave_process_group() -> None:

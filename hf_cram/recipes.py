@@ -2,8 +2,9 @@
 
 import json
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field, fields, make_dataclass
+from functools import wraps
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -52,6 +53,16 @@ ModelArguments = make_dataclass(
 ModelArguments.__doc__ = "Every field of [`CrammedBertConfig`] but those that follow from the tokenizer."
 
 
+def _number_or_none(number: type) -> Callable[[str], Any]:
+    """The conversion of an optional number: `none` on the command line is what null is in a recipe."""
+
+    @wraps(number, updated=())
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else number(text)
+
+    return convert
+
+
 class RecipeLoader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error: one of its values would be lost."""
 
@@ -82,6 +93,10 @@ class RecipeParser(HfArgumentParser):
             for action in self._actions
             if action.default is None or NoneType in get_args(hints.get(action.dest))
         }
+
+        for action in self._actions:
+            if action.type in (int, float) and NoneType in get_args(hints.get(action.dest)):
+                action.type = _number_or_none(action.type)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

@@ -1,6 +1,7 @@
 """The Trainer that obeys a clock."""
 
 import contextlib
+import json
 import logging
 import random
 import signal
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
+from transformers.utils import CONFIG_NAME
 
 from .budget import (
     BudgetClock,
@@ -39,6 +41,7 @@ from .checkpointing import (
     clear_staging,
     last_checkpoint,
     load_errors,
+    lock_run,
     move_earlier_run_aside,
     publish_checkpoint,
     publish_files,
@@ -48,11 +51,13 @@ from .checkpointing import (
     save_errors,
     set_later_checkpoints_aside,
 )
+from .data.errors import first_line
 from .embedding_initialization import initialize_embeddings_from_text
 from .hardware import (
     bf16_is_faster,
     can_compile,
     compile_pays_off,
+    eager_attention_is_faster,
     forget_peak_memory,
     largest_linear_shape,
     measure_matmul_flops,
@@ -75,6 +80,10 @@ EVALUATION_SHARE = 0.7
 SAVING_BYTES_PER_SECOND = 100e6
 # Of an optimiser's groups, what follows from the arguments, which a resumed run may change; the rest is its state.
 OPTIMIZER_OPTIONS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
+# Saving writes these into config.json, whatever the model.
+CONFIG_FIELDS_OF_SAVING = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}
+# Training itself sets these, some from the labels and the tokenizer.
+CONFIG_FIELDS_OF_TRAINING = {"use_cache", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id"}
 AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -157,6 +166,8 @@ class CramTrainer(Trainer):
         self._choose_precision(model, args, self._is_bf16_open)
         self.matmul_peak = self._measure_matmul_peak(model, args)
         self._choose_compile(model, args)
+        self._own_attention = model.config._attn_implementation
+        self._choose_attention(model, args)
         self._setup_seconds = time_function() - started
         self._started_at = 0.0
         self.pusher: HubPusher | None = None
@@ -169,10 +180,15 @@ class CramTrainer(Trainer):
         self.followers = list(followers)
         self.eval_data_collator = eval_data_collator
         self.interrupted_by: signal.Signals | None = None
+        self._received_signal = 0  # on this process; all of them agree on `interrupted_by`
         self._elapsed_seconds = 0.0
         self._clock_fraction = 0.0
         self._follower_logs: dict[str, float] = {}
         self._nonfinite_in_a_row = 0
+        self._has_trained = False
+        self._has_own_optimizer = self.optimizer is not None
+        self._keeps_folder = False
+        self._locks = contextlib.ExitStack()
         self._step_loss = torch.zeros(())
         self._row_flops = 0.0
         self._eval_seconds: float | None = None
@@ -220,6 +236,18 @@ class CramTrainer(Trainer):
             args.torch_compile_backend = "inductor" if args.torch_compile else None
             logger.info("torch.compile is %s", "used" if args.torch_compile else "not used")
 
+    def _choose_attention(self, model: PreTrainedModel, args: CramTrainingArguments) -> None:
+        is_open = args.attn_implementation is None and self._own_attention == "sdpa"
+        name = args.attn_implementation or self._own_attention
+        if is_open and eager_attention_is_faster(model, args.device, bool(args.bf16), bool(args.torch_compile)):
+            name = "eager"
+        if name == model.config._attn_implementation:
+            return
+        try:
+            model.set_attn_implementation(name)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"attn_implementation: {first_line(error)}") from error
+
     @staticmethod
     def _measure_matmul_peak(model: PreTrainedModel, args: CramTrainingArguments) -> float:
         return measure_matmul_flops(args.device, AUTOCAST_DTYPES[args.mixed_precision], largest_linear_shape(model))
@@ -236,6 +264,7 @@ class CramTrainer(Trainer):
                 args.bf16, args.mixed_precision = bf16, "bf16" if bf16 else "no"
             args.torch_compile, args.torch_compile_backend = compiled, "inductor" if compiled else None
             self.matmul_peak = self._measure_matmul_peak(self.model, args)
+            self._choose_attention(self.model, args)
             AcceleratorState._reset_state()
             self.create_accelerator_and_postprocess()
             logger.info("As the run began: bf16 %s, torch.compile %s", args.bf16, args.torch_compile)
@@ -254,7 +283,7 @@ class CramTrainer(Trainer):
 
     def _read_clock(self) -> None:
         """Take over rank 0's clock and signals, on every process alike: local clocks would part the ranks."""
-        values = [self.clock.elapsed_seconds, float(self.interrupted_by or 0)]
+        values = [self.clock.elapsed_seconds, float(self._received_signal)]
         if self.args.world_size > 1:
             shared = torch.tensor(values, dtype=torch.float64, device=self.args.device)
             if self.args.process_index != 0:
@@ -336,15 +365,39 @@ class CramTrainer(Trainer):
         later ones aside, to `<output_dir>/set-aside-N`.
 
         A resumed run takes learning rates, weight decay and the like from its own arguments. Whether bf16 and
-        torch.compile pay is not measured anew.
+        torch.compile pay is not measured anew. Called again, the trainer starts another run, from the weights it has and
+        with a new optimiser. While it trains, no other run can work in the same output folder; see [`keep_folder`].
         """
-        checkpoint = self._open_run(resume_choice(resume_from_checkpoint))
+        self.interrupted_by, self._received_signal = None, 0
+        self._clock_fraction, self._nonfinite_in_a_row = 0.0, 0
+        self.run_state = RunState(dataset_id=getattr(self.train_dataset, "dataset_id", None))
+        if self._has_trained and not self._has_own_optimizer:
+            self.optimizer = None
+        try:
+            return self._train(self._open_run(resume_choice(resume_from_checkpoint)), **kwargs)
+        finally:
+            if not self._keeps_folder:
+                self._locks.close()
+
+    @contextlib.contextmanager
+    def keep_folder(self) -> Iterator[None]:
+        """Keep the output folder for this run from [`train`] on until the end of the block: for what is saved after it."""
+        self._keeps_folder = True
+        try:
+            yield
+        finally:
+            self._keeps_folder = False
+            self._locks.close()
+
+    def _train(self, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
         self._keep_first_choices()
+        self.run_state.row_order = self._row_order
         torch.set_flush_denormal(True)  # denormal gradients slow a CPU down many times
         self.clock.start(self.run_state.elapsed_seconds + self._setup_seconds)
         self._started_at = time.time() - self._setup_seconds
-        if self.args.embeddings_from_text and checkpoint is None:
+        if self.args.embeddings_from_text and checkpoint is None and not self._has_trained:
             initialize_embeddings_from_text(self.model, self.train_dataset, self.args.seed)
+        self._has_trained, self._setup_seconds = True, 0.0
         with memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size):
             self._row_flops = self._measure_row_flops()
         forget_peak_memory(self.args.device)
@@ -355,13 +408,26 @@ class CramTrainer(Trainer):
         )
         memory = memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size)
         with heartbeat, self._signals(), memory:
-            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            self._read_clock()
+            # A signal after the last step: the caller is told of a checkpoint as after any other.
+            if self.interrupted_by is not None and not self._checkpoint_folder.is_dir():
+                self._save_checkpoint(self.model, trial=None)
+            return output
+
+    @property
+    def _checkpoint_folder(self) -> Path:
+        return self.output_dir / f"checkpoint-{self.state.global_step}"
 
     def _open_run(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """Find the checkpoint and the clock to continue from, or make room for a new run."""
+        """Lock the output folder, find the checkpoint and the clock to continue from, or make room for a new run."""
         output_dir = self.output_dir
         checkpoint: Path | None = None
         is_main = self.args.process_index == 0
+        self._locks.close()
+        if is_main:
+            self._locks.enter_context(lock_run(output_dir))
+        self.accelerator.wait_for_everyone()  # a run that is at its end may save until then
         if resume_from_checkpoint:
             checkpoint = (
                 last_checkpoint(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
@@ -370,6 +436,8 @@ class CramTrainer(Trainer):
             if checkpoint is not None:
                 self.run_state = RunState.load(checkpoint)
                 self._check_dataset(checkpoint)
+                self._check_row_order(checkpoint)
+                self._check_model(checkpoint)
                 with load_errors(checkpoint):
                     read_json(checkpoint / TRAINER_STATE_NAME, "global_step")
             elif clock is not None:
@@ -381,14 +449,18 @@ class CramTrainer(Trainer):
                 self.run_state.elapsed_seconds = max(self.run_state.elapsed_seconds, clock["elapsed_seconds"])
         self.accelerator.wait_for_everyone()  # all have looked
         if is_main:
-            self._make_room(checkpoint, is_new=not resume_from_checkpoint)
-            output_dir.mkdir(parents=True, exist_ok=True)
+            if self._make_room(checkpoint, is_new=not resume_from_checkpoint):
+                self._locks.close()  # it has moved with its folder
+                self._locks.enter_context(lock_run(output_dir))
             clear_staging(output_dir)
         self.accelerator.wait_for_everyone()
         return checkpoint
 
-    def _make_room(self, checkpoint: Path | None, is_new: bool) -> None:
-        """Move what the output folder holds of another run, or of what came after `checkpoint`, out of the way."""
+    def _make_room(self, checkpoint: Path | None, is_new: bool) -> bool:
+        """
+        Move what the output folder holds of another run, or of what came after `checkpoint`, out of the way. Returns
+        whether the folder is another one now.
+        """
         output_dir = self.output_dir
         if checkpoint is not None and not checkpoint.resolve().is_relative_to(output_dir.resolve()):
             clock = read_clock(output_dir)
@@ -397,10 +469,12 @@ class CramTrainer(Trainer):
             moved = move_earlier_run_aside(output_dir)
             if moved is not None:
                 logger.warning("The earlier run in %s was moved to %s", output_dir, moved)
-        elif checkpoint is not None:
+            return moved is not None
+        if checkpoint is not None:
             moved = set_later_checkpoints_aside(checkpoint, output_dir)
             if moved is not None:
                 logger.warning("The checkpoints after %s were moved to %s", checkpoint, moved)
+        return False
 
     def _check_dataset(self, checkpoint: Path) -> None:
         """A dataset that has a `dataset_id` must be the one that the checkpoint has seen rows of."""
@@ -409,6 +483,32 @@ class CramTrainer(Trainer):
             raise CheckpointError(
                 f"{checkpoint} has seen rows of the dataset {earlier}, and the one given now is {now}: repeat every "
                 "setting of the text, max_train_tokens as logged then included, or start a new run"
+            )
+
+    def _check_row_order(self, checkpoint: Path) -> None:
+        """In another order the next unseen row would be one that was seen, and others never would."""
+        earlier = self.run_state.row_order
+        if earlier not in (None, self._row_order):
+            raise CheckpointError(
+                f"{checkpoint} has read its rows in the order {earlier!r}, and the one now is {self._row_order!r}: set "
+                "seed, data_seed and train_sampling_strategy as they were, or start a new run"
+            )
+
+    def _check_model(self, checkpoint: Path) -> None:
+        """Weights fit models that compute something else with them: other heads, another norm."""
+        path = checkpoint / CONFIG_NAME
+        if not path.is_file() or not isinstance(self.model, PreTrainedModel):
+            return
+        config = self.model.config
+        with load_errors(checkpoint):
+            of_checkpoint = type(config).from_dict(read_json(path))  # a field that is newer has its default
+        saved, now = (json.loads(each.to_json_string(use_diff=False)) for each in (of_checkpoint, config))
+        ignored = CONFIG_FIELDS_OF_SAVING | CONFIG_FIELDS_OF_TRAINING
+        names = sorted(name for name in (saved.keys() & now.keys()) - ignored if saved.get(name) != now.get(name))
+        if names:
+            changes = ", ".join(f"{name} {saved.get(name)!r}" for name in names)
+            raise CheckpointError(
+                f"{checkpoint} is of another model: set {changes} as they were there, or start a new run"
             )
 
     def _heartbeat_values(self) -> dict[str, Any]:
@@ -424,7 +524,7 @@ class CramTrainer(Trainer):
         """On SIGTERM or Ctrl-C, end after the current step with a checkpoint; a second Ctrl-C ends at once."""
 
         def remember(number: int, _: Any) -> None:
-            self.interrupted_by = signal.Signals(number)
+            self._received_signal = self._received_signal or number  # a launcher that goes may send another
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         if threading.current_thread() is not threading.main_thread():
@@ -444,10 +544,21 @@ class CramTrainer(Trainer):
             batch = self._prepare_inputs(self.data_collator([stream[0]]))
             return float(training_flops(self.model, batch))
 
+    @property
+    def _shuffles(self) -> bool:
+        return self.args.train_sampling_strategy == "random"
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    @property
+    def _row_order(self) -> str:
+        """In words what decides which row comes when."""
+        return f"random, seed {self._data_seed}" if self._shuffles else "sequential"
+
     def _row_stream(self) -> RowStream:
-        shuffle = self.args.train_sampling_strategy == "random"
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return RowStream(self.train_dataset, shuffle, seed)
+        return RowStream(self.train_dataset, self._shuffles, self._data_seed)
 
     def _batch_rows(self, fraction: float) -> int:
         args = self.args
@@ -620,7 +731,7 @@ class CramTrainer(Trainer):
         self._save_checkpoint(self.model, trial=None)
         raise NonFiniteError(
             f"{self._nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite. The weights before "
-            f"them are in {self.output_dir / f'checkpoint-{self.state.global_step}'}: lower learning_rate "
+            f"them are in {self._checkpoint_folder}: lower learning_rate "
             "or max_grad_norm, or use neither bf16 nor fp16, and continue with --resume_from_checkpoint true"
         )
 

@@ -6,12 +6,27 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 
 from .budget import Interval, build_lr_schedule, parse_duration
 
 ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")
+# Fields of the Trainer that mean nothing under a budget, and what does.
+REPLACED_FIELDS = {
+    "num_train_epochs": "time_budget or max_steps",
+    "warmup_steps": "the warmup of lr_scheduler_kwargs, a fraction of the budget",
+    "lr_scheduler_type": "lr_schedule",
+}
+STEPS_OF_STRATEGY = {
+    "save_steps": ("save_strategy", "save_interval"),
+    "logging_steps": ("logging_strategy", "logging_interval"),
+    "eval_steps": ("eval_strategy", "eval_interval"),
+}
+
+
+SAMPLING_STRATEGIES = ("random", "sequential")
 
 
 def resume_choice(value: str | bool | None) -> str | bool | None:
@@ -45,8 +60,21 @@ class OpenPrecisionArguments(TrainingArguments):
             super().__post_init__()
         except ImportError as error:  # deepspeed, fsdp, an optimiser of another package
             raise ValueError(" ".join(str(error).split())) from error
+        self._check_packages()
         self._set_bf16(asked_for_bf16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    def _check_packages(self) -> None:
+        """What the Trainer would notice only after the text was prepared."""
+        for name in self.report_to or ():
+            if name in INTEGRATION_TO_CALLBACK and name not in (*get_available_reporting_integrations(), "flyte"):
+                raise ValueError(f"report_to: {name} is not installed: install its package, or set report_to: none")
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        except ImportError as error:
+            raise ValueError(f"optim: {' '.join(str(error).split())}") from error
+        except ValueError:
+            pass  # of an optimiser that wants to see the model first
 
     def _set_bf16(self, asked_for: bool | None) -> None:
         if asked_for and self.fp16:
@@ -128,6 +156,13 @@ class CramTrainingArguments(OpenPrecisionArguments):
     torch_compile: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Compile the model; default: where it can pay off inside the budget."}
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention while training: eager, sdpa, flash_attention_2 ...; default: the model's, but eager where it "
+            "is faster, compiled in bf16 on a CPU without attention dropout."
+        },
+    )
     save_strategy: SaveStrategy | str = field(
         default="no", metadata={"help": "Save by steps instead of save_interval."}
     )
@@ -187,6 +222,21 @@ class CramTrainingArguments(OpenPrecisionArguments):
             if getattr(self, name) == "epoch":
                 interval = name.replace("strategy", "interval")
                 raise ValueError(f"{name}: epoch has no place under a budget: set {interval}, or {name}: steps")
+        defaults = {spec.name: spec.default for spec in fields(self)}
+        for name, instead in REPLACED_FIELDS.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} has no place under a budget: set {instead}")
+        for name, (strategy, interval) in STEPS_OF_STRATEGY.items():
+            if getattr(self, name) != defaults[name] and getattr(self, strategy) == "no":
+                raise ValueError(
+                    f"{name} does nothing by itself: set {interval} instead, or {strategy}: steps with it"
+                )
+        if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            raise ValueError(
+                f"train_sampling_strategy must be {' or '.join(SAMPLING_STRATEGIES)}, got {self.train_sampling_strategy!r}"
+            )
+        if self.save_only_model:
+            raise ValueError("save_only_model would leave checkpoints that no run can continue from: leave it out")
         if self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end has no place under a budget: the last model is the result")
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE, "end", "every_save"):

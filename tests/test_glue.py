@@ -254,11 +254,14 @@ def test_other_architectures_are_scored_by_the_same_command(monkeypatch, glue_da
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     out = tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"  # of a crammed model: what this one cannot take is left to it
+    recipe.write_text("pooling: segments\n")
     run(
-        monkeypatch, "--model_name_or_path", folder, "--glue_data", glue_data, "--output_dir", out, *FAST, "--tasks",
-        "stsb", "--seeds", "1",
+        monkeypatch, recipe, "--pooling", "none", "--model_name_or_path", folder, "--glue_data", glue_data,
+        "--output_dir", out, *FAST, "--dropout", "none", "--tasks", "stsb", "--seeds", "1",
     )  # fmt: skip
     assert -100 <= results_of(out)["tasks"]["stsb"]["pearson"]["median"] <= 100
+    assert results_of(out)["setting"]["dropout"] is None
 
 
 @pytest.mark.parametrize("extension", ["csv", "json", "parquet"])
@@ -284,7 +287,8 @@ def test_own_data(monkeypatch, model_folder, tmp_path, extension):
     # The fine-tuned model is there to be used, with the names of the classes.
     model = AutoModelForSequenceClassification.from_pretrained(out / "news")
     assert model.config.label2id == {"culture": 0, "sport": 1}
-    predictions = (out / "predictions" / results["setting_id"] / "news.seed-1.tsv").read_text().splitlines()
+    (predictions,) = (out / "predictions" / results["setting_id"]).rglob("news.seed-1.tsv")
+    predictions = predictions.read_text().splitlines()
     assert {line.split("\t")[1] for line in predictions[1:]} <= {"culture", "sport"}
 
 
@@ -354,10 +358,17 @@ def test_other_data_are_other_pairs(monkeypatch, model_folder, tmp_path):
         "--seeds",
         "1",
     ]
-    for count in (16, 16, 24):  # the third is new data in the same place
-        write_task(folder, "wnli", {"train": count, "validation": 16})
+    sizes = []
+    for test in (8, 8, 12, 8, None):  # new data in the same place, and the first again
+        shutil.rmtree(folder, ignore_errors=True)
+        write_task(folder, "wnli", {"train": 16, "validation": 16, **({"test": test} if test else {})})
         run(monkeypatch, *arguments)
-    assert len((out / "glue_runs.jsonl").read_text().splitlines()) == 2
+        if test is not None:
+            with zipfile.ZipFile(out / "glue_submission.zip") as archive:
+                sizes.append(len(archive.read("WNLI.tsv").splitlines()) - 1)
+    assert len((out / "glue_runs.jsonl").read_text().splitlines()) == 3
+    assert sizes == [8, 8, 12, 8]  # the predictions of the data that are scored
+    assert not (out / "glue_submission.zip").exists()  # the last have no test split
 
 
 def test_the_kept_model_is_the_one_of_the_results(monkeypatch, model_folder, tmp_path):
@@ -587,6 +598,10 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--gradient_accumulation_steps", "0", "gradient_accumulation_steps must be at least 1, got 0"),
         ("--deepspeed", "ds.json", "'deepspeed>="),
         ("--optim", "adafactor", "leave out optim"),
+        ("--seeds", "five", "seeds must be a number of seeds"),
+        ("--search_seeds", "five", "search_seeds must be a number of seeds"),
+        ("--validation_file", "dev.csv", "validation_file belongs to data of your own: name a train_file"),
+        ("--text_columns", "text", "text_columns belongs to data of your own"),
         ("--train_sampling_strategy", "group_by_size", "invalid choice: 'group_by_size'"),
     ],
 )

@@ -1,5 +1,7 @@
 """What is measured and decided before training."""
 
+import sys
+
 import pytest
 import torch
 from conftest import VOCAB_SIZE
@@ -53,6 +55,11 @@ def test_compiling_is_for_budgets_that_repay_it(tiny_config, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not can_compile(CPU)
     assert not compile_pays_off(model, CPU, 86400.0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # Triton is there, and builds with C
+    monkeypatch.setenv("CC", sys.executable)
+    assert can_compile(torch.device("cuda"))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert not can_compile(torch.device("cuda"))
     monkeypatch.setattr("hf_cram.hardware.can_compile", lambda device: True)
     assert compile_pays_off(model, CPU, 86400.0)
     assert not compile_pays_off(model, CPU, 30.0)

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -100,6 +102,43 @@ def test_resumed_run_ends_with_everything_in_the_output_folder(finished):
     assert results["eval_perplexity"] == pytest.approx(np.exp(results["eval_loss"]))
     assert results["eval_loss"] < np.log(200)
     assert len([line for line in result.stdout.splitlines() if "[MASK]" in line]) == 5
+
+
+def test_scores_of_earlier_weights_are_set_aside(finished, caplog):
+    """A finished run that is extended: what was scored were other weights."""
+    from run_mlm_cram import set_scores_aside
+
+    out = finished[-1]
+    trainer = SimpleNamespace(
+        output_dir=out,
+        state=SimpleNamespace(global_step=json.loads((out / "all_results.json").read_text())["optimizer_steps"]),
+    )
+    for name in ("glue_results.json", "minimal_pairs_results.json"):
+        (out / name).write_text("{}")
+    set_scores_aside(trainer)
+    assert (out / "glue_results.json").exists()  # the weights stay: no step was taken
+    trainer.state.global_step += 1
+    set_scores_aside(trainer)
+    moved = {path.name for path in (out / "set-aside-1").iterdir()}
+    assert moved == {"glue_results.json", "minimal_pairs_results.json"}
+    assert not (out / "glue_results.json").exists()
+    assert "were moved to" in caplog.text
+
+
+def test_stopping_the_launcher_stops_the_run_with_a_checkpoint(text, tmp_path):
+    """`accelerate launch` ends without a word to the one process it has started."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    launched = subprocess.Popen([*launcher, *arguments(text, out, "--time_budget", "100s")], env=environment)
+    while not (out / "clock.json").is_file() and launched.poll() is None:
+        time.sleep(0.2)
+    (training,) = psutil.Process(launched.pid).children()
+    launched.terminate()
+    launched.wait()
+    psutil.wait_procs([training], timeout=60)
+    assert not training.is_running()
+    assert RunState.load(last_checkpoint(out)).rows_seen > 0
 
 
 def test_result_works_everywhere(finished):

@@ -1,5 +1,6 @@
 """The Trainer under its clock: stopping, following, resuming, skipping - with any model."""
 
+import copy
 import json
 import math
 import multiprocessing
@@ -14,8 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import VOCAB_SIZE, Rows
-from transformers import BertConfig, BertForMaskedLM, TrainerCallback, ViTConfig, ViTForImageClassification, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+    set_seed,
+)
 
 from hf_cram import CrammedBertForMaskedLM
 from hf_cram.callbacks import LossCurveCallback
@@ -400,10 +411,77 @@ def test_a_checkpoint_of_something_else_is_one_line(tiny_config, tokenizer, tmp_
     for other in ({"muon_learning_rate": 0.02}, {"optim": "adafactor"}):
         with pytest.raises(CheckpointError, match="holds the state of AdamW, and the optimiser now is (Muon|Adaf)"):
             make_trainer(tiny_config, tokenizer, tmp_path, **settings, **other).train(resume_from_checkpoint=True)
-    tiny_config.intermediate_size = 128
-    with pytest.raises(CheckpointError, match="cannot be loaded .*size mismatch") as caught:
-        make_trainer(tiny_config, tokenizer, tmp_path, **settings).train(resume_from_checkpoint=True)
-    assert "\n" not in str(caught.value)
+    for field, value, was in (("intermediate_size", 128, "64"), ("norm_scheme", "post", "'pre'")):
+        other = copy.deepcopy(tiny_config)
+        setattr(other, field, value)
+        with pytest.raises(CheckpointError, match=f"is of another model: set {field} {was} as") as caught:
+            make_trainer(other, tokenizer, tmp_path, **settings).train(resume_from_checkpoint=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_resuming_in_another_order_of_rows_is_refused(tiny_config, tokenizer, tmp_path):
+    """The next unseen row of one order is a seen one of another."""
+    settings = {"max_steps": 4, "save_interval": "50%"}
+    make_trainer(tiny_config, tokenizer, tmp_path, callbacks=[StopAt(2)], **settings).train()
+    for other in ({"data_seed": 7}, {"train_sampling_strategy": "sequential"}):
+        with pytest.raises(CheckpointError, match="in the order 'random, seed 42'"):
+            make_trainer(tiny_config, tokenizer, tmp_path, **settings, **other).train(resume_from_checkpoint=True)
+
+
+class TerminateOnce(TrainerCallback):
+    def __init__(self):
+        self.is_done = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not self.is_done:
+            self.is_done = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_trainer_trains_again(tiny_config, tokenizer, tmp_path, monkeypatch):
+    """As in a notebook: stopped and resumed, then for another run from the weights that are there."""
+    started = []
+    monkeypatch.setattr("hf_cram.trainer.initialize_embeddings_from_text", lambda *_: started.append(1))
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path / "out", max_steps=5, save_interval="100%", embeddings_from_text=True,
+        callbacks=[TerminateOnce()],
+    )  # fmt: skip
+    trainer.train()
+    assert (trainer.interrupted_by, trainer.state.global_step) == (signal.SIGTERM, 3)
+    trainer.train(resume_from_checkpoint=True)
+    assert (trainer.interrupted_by, trainer.state.global_step) == (None, 5)
+    learned = weights(trainer)
+    trainer.train()
+    assert (trainer.state.global_step, trainer.run_state.rows_seen) == (5, 20)
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-5"
+    assert started == [1]
+    earlier = CrammedBertForMaskedLM.from_pretrained(last_checkpoint(tmp_path / "out.previous-1"))
+    assert_same(learned, earlier.state_dict())
+    assert trainer.run_state.run_id != RunState.load(last_checkpoint(tmp_path / "out.previous-1")).run_id
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tiny_config, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_cram.checkpointing.LOCK_SECONDS", 0.1)
+    errors = []
+
+    class StartAnother(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                for resume in (None, True):
+                    with pytest.raises(CheckpointError, match="Another run is at work in .*output_dir") as caught:
+                        other.train(resume_from_checkpoint=resume)
+                    errors.append(caught.value)
+
+    other = make_trainer(tiny_config, tokenizer, tmp_path / "out", max_steps=1)
+    first = make_trainer(
+        tiny_config, tokenizer, tmp_path / "out", max_steps=4, save_interval="50%", callbacks=[StartAnother()]
+    )
+    first.train()
+    assert len(errors) == 2
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-4"
+    assert not (tmp_path / "out.previous-1").exists()
+    other.train()  # the first has ended
+    assert (tmp_path / "out.previous-1").exists()
 
 
 def test_a_new_run_moves_the_earlier_one_aside(tiny_config, tokenizer, tmp_path, caplog):
@@ -567,6 +645,30 @@ def test_transformers_own_bert_can_be_crammed(tokenizer, tmp_path):
     assert trainer.budget_metrics()["tokens_seen"] > 0
 
 
+def test_a_classifier_whose_configuration_training_has_filled_in_goes_on(tokenizer, tmp_path):
+    """The first forward with labels writes `problem_type`, and the tokenizer its special tokens."""
+
+    def classifier(**options):
+        config = BertConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+            pad_token_id=3,
+        )  # fmt: skip
+        return CramTrainer(
+            BertForSequenceClassification(config),
+            make_arguments(tmp_path, max_steps=4, save_interval="50%"),
+            train_dataset=[{"input_ids": [5, 6, 7], "labels": index % 2} for index in range(16)],
+            data_collator=default_data_collator,
+            processing_class=tokenizer,
+            **options,
+        )
+
+    classifier(callbacks=[StopAt(2)]).train()
+    assert json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())["problem_type"] is not None
+    resumed = classifier()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
 def test_images_can_be_crammed(tmp_path):
     from sklearn.datasets import load_digits
     from torch.utils.data import Dataset
@@ -637,6 +739,14 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"time_budget": "5s", "per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"time_budget": "5s", "save_strategy": "epoch"}, "save_strategy: epoch .* set save_interval"),
         ({"time_budget": "5s", "gradient_accumulation_steps": 2}, "set train_batch_rows"),
+        ({"time_budget": "5s", "num_train_epochs": 5}, "num_train_epochs .* set time_budget or max_steps"),
+        ({"time_budget": "5s", "warmup_steps": 0.1}, "set the warmup of lr_scheduler_kwargs"),
+        ({"time_budget": "5s", "lr_scheduler_type": "cosine"}, "lr_scheduler_type .* set lr_schedule"),
+        ({"time_budget": "5s", "save_steps": 100}, "set save_interval instead, or save_strategy: steps"),
+        ({"time_budget": "5s", "save_only_model": True}, "no run can continue from"),
+        ({"time_budget": "5s", "train_sampling_strategy": "group_by_length"}, "must be random or sequential"),
+        ({"time_budget": "5s", "report_to": "clearml"}, "clearml is not installed"),
+        ({"time_budget": "5s", "optim": "adamw_bnb_8bit"}, "optim: .*bitsandbytes"),
         ({"time_budget": "5s", "batch_ramp_until": 2.0}, "fraction of the budget"),
         ({"time_budget": "5s", "save_interval": "now and then"}, "not an interval"),
         ({"time_budget": "5s", "hub_token": "secret"}, "HF_TOKEN"),
@@ -693,6 +803,33 @@ def test_embeddings_start_from_the_text_once(tiny_config, tokenizer, tmp_path):
     resumed = make_trainer(tiny_config, tokenizer, tmp_path / "parts", **values)
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    ("values", "dropout", "expected"),
+    [
+        ({}, 0.0, "eager"),
+        ({}, 0.1, "sdpa"),
+        ({"bf16": False}, 0.0, "sdpa"),
+        ({"torch_compile": False}, 0.0, "sdpa"),
+        ({"attn_implementation": "sdpa"}, 0.0, "sdpa"),
+    ],
+)
+def test_attention_is_the_one_that_trains_faster(tiny_config, tokenizer, tmp_path, values, dropout, expected):
+    """Fused attention is slow in compiled bf16 on a CPU; what is told counts more, and loading is not concerned."""
+    tiny_config.attention_probs_dropout_prob = dropout
+    values = {"bf16": True, "torch_compile": True, **values}
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1, **values)
+    assert trainer.model.config._attn_implementation == expected
+    trainer.model.save_pretrained(tmp_path)
+    assert CrammedBertForMaskedLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    AcceleratorState._reset_state()
+
+
+def test_an_unknown_attention_is_one_line(tiny_config, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match='^attn_implementation: .*"fast"') as caught:
+        make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1, attn_implementation="fast")
+    assert "\n" not in str(caught.value)
 
 
 def test_evaluating_needs_rows(tiny_config, tmp_path):
