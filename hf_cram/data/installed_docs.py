@@ -1,4 +1,4 @@
-"""The embedded default text: the prose of the documentation of Python's library and of every installed package."""
+"""The embedded default text: documentation and comments, in prose, of Python's library and every installed package."""
 
 import ast
 import hashlib
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-RULES_VERSION = 3  # raise it whenever the rules below change what comes out
+RULES_VERSION = 4  # raise it whenever the rules below change what comes out
 MIN_WORDS = 4
 MIN_LETTER_SHARE = 0.78
 FILES_PER_TASK = 64
@@ -46,6 +46,7 @@ DESCRIBED_SECTION = re.compile(
 )
 # `name (type): description`, as in Google's style.
 NAMED_ITEM = re.compile(r"[\w*`.,/ ]{1,60}(?:\s*\([^)]*\))?\s*:\s+(?=[A-Z]\S* \S)")
+COMMENT = re.compile(r"\s*#:?\s+(\S.*?)\s*")
 UNDERLINE = re.compile(r"[=\-~^\"'#*+.]{3,}\s*")
 FIELD = re.compile(r"\s*(?::[\w\s*,.\[\]|]+:|@\w+|\.\. |\w[\w*, ]*\s*\([^)]*\)\s*:|[\w*`]+\s*:\s*(?:$|\S+, optional))")
 ADMONITION = re.compile(r"\.\. (?:note|warning|tip|important|attention|caution|hint)::\s*(.*)")
@@ -138,20 +139,34 @@ def _paragraphs_of_files(files: Sequence[tuple[str, Path]]) -> list[list[str]]:
 
 
 def module_paragraphs(path: Path) -> list[str]:
-    """Prose paragraphs of the documentation strings of one source file, in their order."""
+    """Prose paragraphs of one source file: of its documentation strings in their order, then of its comments."""
+    paragraphs: list[str] = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            source = path.read_text(encoding="utf-8")
-            if '"""' not in source and "'''" not in source:
-                return []  # parsing is what takes the time
-            tree = ast.parse(source)
+        source = path.read_text(encoding="utf-8")
+        if '"""' in source or "'''" in source:  # parsing is what takes the time
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+                tree = ast.parse(source)
+            for node in ast.walk(tree):
+                for docstring in [*_docstrings(node), *_attribute_docstrings(node), *_help_texts(node)]:
+                    paragraphs.extend(prose_paragraphs(docstring))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
+    return [*paragraphs, *comment_paragraphs(source)]
+
+
+def comment_paragraphs(source: str) -> list[str]:
+    """Comments of whole sentences over two lines or more: shorter ones are notes, and others are code put aside."""
     paragraphs: list[str] = []
-    for node in ast.walk(tree):
-        for docstring in [*_docstrings(node), *_attribute_docstrings(node), *_help_texts(node)]:
-            paragraphs.extend(prose_paragraphs(docstring))
+    block: list[str] = []
+    for line in [*source.splitlines(), ""]:
+        comment = COMMENT.fullmatch(line)
+        if comment is not None:
+            block.append(comment[1])
+            continue
+        if len(block) > 1 and block[-1].endswith(".") and (text := _clean_prose(block)) is not None:
+            paragraphs.append(text)
+        block = []
     return paragraphs
 
 

@@ -21,7 +21,7 @@ class SourceSettings:
         default=None,
         metadata={
             "help": "A Hub data set, a folder laid out like one, or 'installed-docs' (default): the prose of the "
-            "documentation of Python's library and of every installed package."
+            "documentation and comments of Python's library and of every installed package."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})

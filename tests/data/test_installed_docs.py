@@ -183,6 +183,42 @@ def test_the_documentation_of_compiled_functions(tmp_path):
     ]
 
 
+COMMENTS = """
+# Copyright of the house belongs
+# to those who built it
+#
+# The door is painted before the house is sold, since nobody
+# wants to wait for the colour to dry.
+x = 1  # this stands beside code, and is no comment
+#: The number of windows counts those that are
+#: painted shut, too.
+windows = 3
+# One line is a note.
+y = 2
+# if door == "open":
+#     close(door)
+# return door.
+def f():
+    # A door that is left open lets the cold in, and what
+    # that costs is told in the evening.
+    return 0
+"""
+
+
+def test_comments_of_whole_sentences(tmp_path):
+    """Behind the documentation strings; no notes, no code that was put aside, no headers without a sentence."""
+    (tmp_path / "module.py").write_text(COMMENTS)
+    expected = [
+        "The door is painted before the house is sold, since nobody wants to wait for the colour to dry.",
+        "The number of windows counts those that are painted shut, too.",
+        "A door that is left open lets the cold in, and what that costs is told in the evening.",
+    ]
+    assert module_paragraphs(tmp_path / "module.py") == expected
+    (tmp_path / "module.py").write_text('"""The house has a documentation string of its own."""\n' + COMMENTS)
+    assert module_paragraphs(tmp_path / "module.py")[0] == "The house has a documentation string of its own."
+    assert module_paragraphs(tmp_path / "module.py")[1:] == expected
+
+
 @pytest.fixture
 def site_packages(tmp_path):
     """Two distributions as an installer leaves them."""
