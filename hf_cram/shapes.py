@@ -15,8 +15,9 @@ from transformers import AutoModelForMaskedLM
 from .configuration_crammed_bert import CrammedBertConfig
 from .hardware import bf16_is_faster, measure_matmul_flops, random_batch, training_flops
 
-# Share of the matrix products' measured speed that training reaches, optimiser and data included (LOG.md: 54 to 89 %).
-MATMUL_PEAK_SHARE = 0.65
+# Share of the matrix products' measured speed that training reaches, optimiser and data included (LOG.md: 89 % at the
+# ten-minute size on a CPU; of GPUs it is not known).
+MATMUL_PEAK_SHARE = 0.85
 # Tokens of the text for each parameter where the loss is lowest, by the FLOPs of the whole run: of the study, where 1.4 M
 # and 4.7 M parameters meet, and the 20 predictions of Hoffmann et al. (2022) where 30 % of the tokens are predicted.
 # Between both it grows evenly on logarithmic scales, outside of them it stays.
