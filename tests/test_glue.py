@@ -514,6 +514,7 @@ def test_own_files_that_cannot_be_read(tmp_path, name):
         load_own_task(str(tmp_path / name), str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_one_line(python_environment, glue_data):
     process = subprocess.run(
         [sys.executable, REPOSITORY / "run_glue.py", "--model_name_or_path", "/no/model", "--glue_data", glue_data],
@@ -671,6 +672,7 @@ def test_faults_of_the_machine_are_one_line(monkeypatch, glue_data, model_folder
     assert "\n" not in str(caught.value.code)
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_cannot_be_made_is_one_line(python_environment, glue_data, model_folder, tmp_path):
     (tmp_path / "file").touch()
     process = subprocess.run(

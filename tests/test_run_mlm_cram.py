@@ -125,6 +125,7 @@ def test_scores_of_earlier_weights_are_set_aside(finished, caplog):
     assert "were moved to" in caplog.text
 
 
+@pytest.mark.slow
 def test_stopping_the_launcher_stops_the_run_with_a_checkpoint(text, tmp_path):
     """`accelerate launch` ends without a word to the one process it has started."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

@@ -277,6 +277,7 @@ print(source.identity, hashlib.sha256("".join(source.documents()).encode()).hexd
 """
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_mix(three, tmp_path, python_environment):
     command = [sys.executable, "-c", PRINT_MIX, json.dumps(three)]
     environment = {**python_environment, "PYTHONHASHSEED": "7"}

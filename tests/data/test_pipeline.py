@@ -208,6 +208,7 @@ def test_shards_are_copied_where_the_file_system_has_no_links(tmp_path, text, mo
     assert content(prepare_corpus(arguments(tmp_path / "other", text))) == expected
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_once(tmp_path, text, python_environment):
     script = (
         "import sys, json\nfrom hf_cram.data.pipeline import *\n"
