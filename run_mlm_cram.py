@@ -25,7 +25,7 @@ import yaml
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
-from hf_cram.checkpointing import CheckpointError, read_json, set_aside
+from hf_cram.checkpointing import CheckpointError, read_json
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
@@ -35,6 +35,7 @@ from hf_cram.files import write_atomically
 from hf_cram.hardware import is_out_of_memory
 from hf_cram.launching import end_with_launcher, leave_process_group, start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
+from hf_cram.output_folder import set_aside
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, TextBudgetArguments
 from hf_cram.text_budget import limit_text_to_budget

@@ -13,7 +13,6 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from .checkpointing import first_free
 from .classifier import fingerprint, hash_of, load_tokenizer, longest_example
 from .files import write_json_atomically
 from .fine_tuning import FineTuner
@@ -35,6 +34,7 @@ from .glue_outputs import (
     write_submission,
 )
 from .model_card import update_model_card
+from .output_folder import first_free
 
 logger = logging.getLogger(__name__)
 

@@ -41,15 +41,12 @@ from .checkpointing import (
     clear_staging,
     last_checkpoint,
     load_errors,
-    lock_run,
-    move_earlier_run_aside,
     publish_checkpoint,
     publish_files,
     read_clock,
     read_json,
     rotate,
     save_errors,
-    set_later_checkpoints_aside,
 )
 from .data.errors import first_line
 from .embedding_initialization import initialize_embeddings_from_text
@@ -67,6 +64,7 @@ from .hardware import (
 )
 from .hub import HubPusher, HubTarget
 from .optimization import MuonWithAdamW, decayed_parameter_names, muon_parameter_groups
+from .output_folder import lock_run, move_earlier_run_aside, set_later_checkpoints_aside
 from .row_stream import RowStream, StepBatches, StepSampler
 from .training_args import CramTrainingArguments, resume_choice
 
@@ -161,13 +159,7 @@ class CramTrainer(Trainer):
         if args.eval_interval is not None and kwargs.get("eval_dataset") is None:
             raise ValueError("eval_interval is set, and there is no eval_dataset to evaluate on")
         started = time_function()
-        self._is_bf16_open = args.bf16 is None and not args.fp16 and args.mixed_precision == "no"
-        self._is_compile_open = args.torch_compile is None
-        self._choose_precision(model, args, self._is_bf16_open)
-        self.matmul_peak = self._measure_matmul_peak(model, args)
-        self._choose_compile(model, args)
-        self._own_attention = model.config._attn_implementation
-        self._choose_attention(model, args)
+        self._choose_for_hardware(model, args)
         self._setup_seconds = time_function() - started
         self._started_at = 0.0
         self.pusher: HubPusher | None = None
@@ -215,6 +207,16 @@ class CramTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     # ---- What the hardware is good for ----
+
+    def _choose_for_hardware(self, model: PreTrainedModel, args: CramTrainingArguments) -> None:
+        """Decide what the arguments leave open: bf16, torch.compile, attention."""
+        self._is_bf16_open = args.bf16 is None and not args.fp16 and args.mixed_precision == "no"
+        self._is_compile_open = args.torch_compile is None
+        self._own_attention = model.config._attn_implementation
+        self._choose_precision(model, args, self._is_bf16_open)
+        self.matmul_peak = self._measure_matmul_peak(model, args)
+        self._choose_compile(model, args)
+        self._choose_attention(model, args)
 
     @staticmethod
     def _choose_precision(model: PreTrainedModel, args: CramTrainingArguments, is_open: bool) -> None:

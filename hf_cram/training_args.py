@@ -24,8 +24,6 @@ STEPS_OF_STRATEGY = {
     "logging_steps": ("logging_strategy", "logging_interval"),
     "eval_steps": ("eval_strategy", "eval_interval"),
 }
-
-
 SAMPLING_STRATEGIES = ("random", "sequential")
 
 

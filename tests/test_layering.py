@@ -36,6 +36,7 @@ LAYERS = [
         "glue",
         "pseudo_likelihood",
     },
+    {"output_folder"},
     {"trainer", "recipes", "fine_tuning_args", "glue_data", "glue_outputs"},
     {"script_args", "classifier", "glue_encoding"},
     {"fine_tuning", "model_card", "report", "text_budget", "memory"},

@@ -461,7 +461,7 @@ def test_a_trainer_trains_again(tiny_config, tokenizer, tmp_path, monkeypatch):
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tiny_config, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_cram.checkpointing.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("hf_cram.output_folder.LOCK_SECONDS", 0.1)
     errors = []
 
     class StartAnother(TrainerCallback):

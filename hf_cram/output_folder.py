@@ -1,0 +1,104 @@
+"""The output folder of a run: one run at a time, and nothing in it of another run or of other weights."""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .checkpointing import CheckpointError, complete_checkpoints, read_clock, step_of
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".run.lock"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that have none
+LOCK_SECONDS = 10.0  # the loader's workers of a killed run hold its lock until they notice
+
+
+@contextmanager
+def lock_run(output_dir: Path) -> Iterator[None]:
+    """
+    Keep `output_dir`, made where it is not there, for one run. Raises [`CheckpointError`] where another is at work:
+    each would move or delete what the other has written.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # Not a marker file in the place of a lock: a killed run would leave it behind.
+    lock = FileLock(output_dir / LOCK_NAME, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise CheckpointError(
+            f"Another run is at work in {output_dir}: wait for its end, stop it, or name another --output_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        logger.warning("%s cannot be locked (%s): start no other run in it", output_dir, error.strerror)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> Path | None:
+    """
+    Move the checkpoints in `output_dir` that are not among those before `checkpoint` out of the way of the run that
+    goes on from there: neither rotated away as if old, nor taken for its own.
+
+    Returns where they went, `<output_dir>/set-aside-N`, or `None` where there were none.
+    """
+    step = step_of(checkpoint.resolve()) if checkpoint.resolve().parent == output_dir.resolve() else -1
+    return set_aside([folder for folder in complete_checkpoints(output_dir) if step_of(folder) > step], output_dir)
+
+
+def set_aside(paths: Sequence[Path], output_dir: Path) -> Path | None:
+    """Move what belongs to the run no more to `<output_dir>/set-aside-N`, which is returned; `None` for nothing."""
+    if not paths:
+        return None
+    target = first_free(output_dir / "set-aside")
+    try:
+        target.mkdir()
+        for path in paths:
+            os.rename(path, target / path.name)
+    except OSError as error:
+        names = ", ".join(path.name for path in paths)
+        raise CheckpointError(
+            f"{names} in {output_dir} cannot be moved to {target} ({error.strerror}): move them away"
+        ) from error
+    return target
+
+
+def first_free(path: Path) -> Path:
+    """`path` with the first number behind it that nothing has yet: `<path>-1`, `<path>-2`, ..."""
+    number = 1
+    while (numbered := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return numbered
+
+
+def move_earlier_run_aside(output_dir: Path) -> Path | None:
+    """
+    Move the output of an earlier budgeted run out of the way of a new one: nothing is overwritten.
+
+    Returns where it went, `<output_dir>.previous-N`, or `None` where there was none.
+    """
+    if read_clock(output_dir) is None:
+        return None
+    if Path.cwd().is_relative_to(output_dir.resolve()):
+        raise CheckpointError(
+            f"{output_dir} holds an earlier run and is (or is above) the working folder, which cannot be moved: name "
+            "another --output_dir, or continue the run with --resume_from_checkpoint true"
+        )
+    target = first_free(output_dir.with_name(f"{output_dir.name}.previous"))
+    try:
+        os.rename(output_dir, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output_dir} holds an earlier run and cannot be moved to {target} ({error.strerror}): name another "
+            "--output_dir, or continue the run with --resume_from_checkpoint true"
+        ) from error
+    output_dir.mkdir()
+    return target
