@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig
 from .data.collator import parse_phases
 from .data.errors import DataError
 from .data.pipeline import DataArguments, open_cache
-from .data.tokenizing import available_workers
+from .data.workers import available_workers
 from .files import write_json_atomically
 from .hardware import bf16_is_faster, largest_linear_shape, memory_errors, random_batch
 from .script_args import MaskingArguments, TextBudgetArguments, planned_config

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import yaml
 import zstandard
 from huggingface_hub.errors import HTTPError
 
@@ -15,13 +17,27 @@ from .errors import DataError, SkipReport, first_line
 from .text_files import ReadProgress, check_documents, files_below, fingerprint_files, missing_column
 
 
-def _reading_errors() -> tuple[type[Exception], ...]:
+def reading_errors() -> tuple[type[Exception], ...]:
     """What loading and reading raise: not found, no such configuration, offline, cut short, not in its format."""
     from datasets.exceptions import DatasetsError  # seconds of import that local text does not need
 
     # A type error is a column that changes its type on the way.
     own = (OSError, EOFError, RuntimeError, TypeError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
-    return DatasetsError, HTTPError, *own
+    return DatasetsError, HTTPError, yaml.YAMLError, *own  # YAML: the front matter of a card
+
+
+def place_of(name: str) -> str:
+    """
+    What `datasets` is asked for: a Hub data set by its name, a folder by its whole path. Raises [`DataError`] for a format,
+    under whose name the library would read all files of the current folder.
+    """
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if os.path.isdir(name):  # of any length
+        return os.path.abspath(name)
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise DataError(f"dataset_name: {name!r} is a format, not a data set: name files of it by train_files")
+    return name
 
 
 def load_hub_dataset(
@@ -38,8 +54,10 @@ def load_hub_dataset(
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        dataset = load_dataset(name, config, data_dir=data_dir, split=split, revision=revision, streaming=streaming)
-    except _reading_errors() as error:
+        dataset = load_dataset(
+            place_of(name), config, data_dir=data_dir, split=split, revision=revision, streaming=streaming
+        )
+    except reading_errors() as error:
         wrapped = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         cause = first_line(wrapped or error)
         if "scripts are no longer supported" in cause:
@@ -51,12 +69,17 @@ def load_hub_dataset(
     return dataset
 
 
-def fingerprint_folder(folder: Path) -> str:
-    """Hash of the files below a folder laid out like a data set, whose names decide the splits. Raises [`DataError`]."""
+def list_folder(folder: Path) -> list[Path]:
+    """The files below a folder, sorted. Raises [`DataError`] where they cannot be listed."""
     try:
-        files = sorted(path for path in files_below(folder) if path.is_file())
+        return sorted(path for path in files_below(folder) if path.is_file())
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Hash of the files below a folder laid out like a data set, whose names decide the splits. Raises [`DataError`]."""
+    files = list_folder(folder)
     names = [path.relative_to(folder).as_posix() for path in files]
     return hashlib.blake2b(json.dumps([names, fingerprint_files(files)]).encode(), digest_size=16).hexdigest()
 
@@ -113,7 +136,7 @@ def read_hub_dataset(
         yield from check_documents(rows(), Path(name), report, max_document_characters)
     except KeyError as error:
         raise DataError(f"data set {name!r}: no column {text_column!r}: set text_column") from error
-    except _reading_errors() as error:
+    except reading_errors() as error:
         raise DataError(
             f"data set {name!r}: reading it failed ({first_line(error)}): start again to continue"
         ) from error

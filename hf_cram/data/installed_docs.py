@@ -1,12 +1,12 @@
 """The embedded default text: documentation and comments, in prose, of Python's library and every installed package."""
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
 import itertools
 import logging
-import multiprocessing
 import os
 import platform
 import re
@@ -16,10 +16,14 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from .errors import DataError
+from .workers import available_workers, worker_pool
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +70,8 @@ def source_files(search_paths: Sequence[str] | None = None) -> list[tuple[str, P
     found: dict[Path, str] = {}
     for distribution in _distributions(search_paths):
         name = _name(distribution)
-        for file in distribution.files or ():
-            if file.suffix == ".py" and not file.is_absolute() and ".." not in file.parts:
-                found.setdefault(Path(str(distribution.locate_file(file))), name)
+        for path in _source_paths(distribution):
+            found.setdefault(path, name)
     listed = sorted(((name, path) for path, name in found.items()), key=lambda pair: (pair[0], pair[1].as_posix()))
     return [*(_library_files() if search_paths is None else ()), *listed]
 
@@ -101,9 +104,22 @@ def fingerprint_installed(search_paths: Sequence[str] | None = None) -> str:
         digest.update("\n".join(["python", platform.python_version(), *library]).encode())
     for distribution in _distributions(search_paths):
         # A record names its own installer's files as well, in an order of the installer's.
-        lines = sorted(line for line in (distribution.read_text("RECORD") or "").splitlines() if ".py," in line)
-        digest.update("\n".join([_name(distribution), distribution.version, *lines]).encode())
+        record = distribution.read_text("RECORD")
+        lines = sorted(line for line in (record or "").splitlines() if ".py," in line)
+        digest.update("\n".join([_name(distribution), distribution.version or "", *lines]).encode())
+        if record is None:  # a checkout's egg-info lists its files without hashes
+            for path in _source_paths(distribution):
+                digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
+
+
+def _source_paths(distribution: importlib.metadata.Distribution) -> list[Path]:
+    """The Python source files that a distribution lists, none outside its folder."""
+    return [
+        Path(str(distribution.locate_file(file)))
+        for file in distribution.files or ()
+        if file.suffix == ".py" and not file.is_absolute() and ".." not in file.parts
+    ]
 
 
 def read_installed_docs(search_paths: Sequence[str] | None = None, show_progress: bool = True) -> Iterator[str]:
@@ -115,13 +131,13 @@ def read_installed_docs(search_paths: Sequence[str] | None = None, show_progress
     files = source_files(search_paths)
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     seen: set[bytes] = set()
-    # Forking spares each worker the import of this package; the workers do nothing but parse.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    workers = available_workers(None)
     with (
-        ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context(method)) as pool,
+        worker_pool(workers) if workers > 1 else contextlib.nullcontext() as pool,
         tqdm(total=len(files), desc="reading documentation", unit="file", disable=not show_progress) as bar,
     ):
-        for task, results in zip(tasks, pool.map(_paragraphs_of_files, tasks), strict=True):
+        read = map(_paragraphs_of_files, tasks) if pool is None else _from_pool(pool, tasks)
+        for task, results in zip(tasks, read, strict=True):
             bar.update(len(task))
             for paragraphs in results:
                 new = []
@@ -132,6 +148,15 @@ def read_installed_docs(search_paths: Sequence[str] | None = None, show_progress
                         new.append(paragraph)
                 if new:
                     yield "\n".join(new)
+
+
+def _from_pool(pool: ProcessPoolExecutor, tasks: Sequence[Sequence[tuple[str, Path]]]) -> Iterator[list[list[str]]]:
+    try:
+        yield from pool.map(_paragraphs_of_files, tasks)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that reads the installed documentation was killed, most often for want of memory: try again"
+        ) from error
 
 
 def _paragraphs_of_files(files: Sequence[tuple[str, Path]]) -> list[list[str]]:

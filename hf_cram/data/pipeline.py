@@ -113,11 +113,12 @@ def open_published(published: PublishedCorpus, arguments: DataArguments, place: 
 
 def open_cache(arguments: DataArguments) -> Path:
     """The cache's folder. Raises [`DataError`] where it cannot be made."""
-    cache = Path(arguments.cache_dir).expanduser() if arguments.cache_dir else Path(HF_HOME) / "hf_cram"
+    cache = Path(arguments.cache_dir or Path(HF_HOME) / "hf_cram")
     try:
+        cache = cache.expanduser()
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cache_dir {cache} cannot be used: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # the latter for an unknown user's home
+        raise DataError(f"cache_dir {cache} cannot be used: {getattr(error, 'strerror', None) or error}") from error
     return cache
 
 

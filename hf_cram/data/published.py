@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
 from .errors import DataError, first_line
-from .hub_datasets import fingerprint_folder
+from .hub_datasets import fingerprint_folder, place_of, reading_errors
 from .packing import token_dtype
 from .text_files import progress_bar
 from .tokenization import load_tokenizer
@@ -72,12 +72,12 @@ def find_published_corpus(
     Known by its `corpus.json`, or by a column `input_ids` and none of text. A data set of the Hub is downloaded at one
     commit, rows and tokenizer alike; without a network its last download serves. Raises [`DataError`].
     """
-    folder = Path(name)
+    folder = Path(place_of(name))
+    path = folder / DESCRIPTION_NAME
     try:
-        if folder.is_dir():
-            is_described = (folder / DESCRIPTION_NAME).is_file()
-        else:
-            is_described = bool(hf_hub_download(name, DESCRIPTION_NAME, repo_type="dataset", revision=revision))
+        if not folder.is_dir():
+            path = Path(hf_hub_download(name, DESCRIPTION_NAME, repo_type="dataset", revision=revision))
+        is_described = _is_ours(path)
     except EntryNotFoundError:
         is_described = False
     except (HTTPError, OSError, ValueError):
@@ -90,13 +90,20 @@ def find_published_corpus(
     return PublishedCorpus(name, folder, config_name, folder.name)
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether the file describes a corpus: data sets of text may have a `corpus.json` of their own."""
+    try:
+        return bool(read_description(path))
+    except (OSError, ValueError, RecursionError):
+        return False  # if it is a damaged one of ours, the columns tell
+
+
 def _has_rows(name: str, config_name: str | None, revision: str | None, text_column: str) -> bool:
     from datasets import load_dataset  # seconds of import that local text does not need
-    from datasets.exceptions import DatasetsError
 
     try:
-        splits = load_dataset(name, config_name, revision=revision, streaming=True)
-    except (ValueError, OSError, RuntimeError, HTTPError, DatasetsError):
+        splits = load_dataset(place_of(name), config_name, revision=revision, streaming=True)
+    except reading_errors():
         return False
     columns = next(iter(splits.values())).column_names or []
     return COLUMN in columns and text_column not in columns

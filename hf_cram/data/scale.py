@@ -93,5 +93,9 @@ if __name__ == "__main__":
     from ..prepare import RECIPE_PARTS, RecipeParser, TrainingFields
 
     parser = RecipeParser((*RECIPE_PARTS, TrainingFields, ScaleArguments), prog=PROGRAM)
-    _, data_args, _, publish_args, *_, scale_args = parser.parse(sys.argv[1:])
+    _, data_args, text_args, publish_args, *_, scale_args = parser.parse(sys.argv[1:])
+    if text_args.text_for_budget:
+        parser.error(
+            "text_for_budget stops reading where so many tokens are there, which tasks side by side cannot tell: leave it out"
+        )
     sys.exit(main(data_args, scale_args, publish_args))

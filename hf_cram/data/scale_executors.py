@@ -1,11 +1,9 @@
 """datatrove's executors for the stages of a plan: on this machine, on a Ray cluster, by Slurm."""
 
-import multiprocessing
 import os
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from .errors import DataError
 from .scale_arguments import ScaleArguments
 from .scale_plan import ScalePlan, choose_minhash_bands
 from .scale_steps import FilterAndTokenize, PrepareText, ReadDocuments, SpacedWords, WriteRows
-from .tokenizing import available_workers, end_with
+from .workers import available_workers, worker_pool
 
 ATTEMPTS = 3
 
@@ -81,25 +79,14 @@ class LocalExecutor(LocalPipelineExecutor):
 
     def _run_ranks(self, ranks: list[int]) -> bool:
         """Whether all came to their end, and no process was killed."""
-        pool = ProcessPoolExecutor(
-            min(self.workers, len(ranks)),
-            mp_context=multiprocessing.get_context("fork"),
-            initializer=_start_worker,
-            initargs=(os.getpid(),),
-        )
         try:
-            # Of each run the first task shows its log.
-            for future in as_completed([pool.submit(self._run_for_rank, rank, rank) for rank in ranks]):
-                future.result()
+            with worker_pool(min(self.workers, len(ranks))) as pool:
+                # Of each run the first task shows its log.
+                for future in as_completed([pool.submit(self._run_for_rank, rank, rank) for rank in ranks]):
+                    future.result()
         except BrokenProcessPool:
             return False
-        finally:
-            pool.shutdown(cancel_futures=True)
         return True
-
-
-def _start_worker(parent: int) -> None:
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
 def run_locally(plan: ScalePlan, arguments: ScaleArguments) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError, SkipReport
+from .errors import DataError, SkipReport, first_line
 from .pipeline import DataArguments, open_cache
 from .scale_shards import JoinedShards, sum_of_steps, task_seconds
 from .source_arguments import INSTALLED_DOCS, MixedSource
-from .sources import TextSource
+from .sources import TextSource, check_stamps, stamps_of
 from .stages import RowsStage, TokenizerStage, TokensStage
 from .steps import StepRecord, read_steps
 from .text_files import expand_files, read_files
@@ -36,12 +36,14 @@ class ScalePlan:
         arguments: the recipe; its `cache_dir` is seen by all machines and gets everything that is written.
         identity: of the text, see [`TextSource`].
         files: the tasks read them, each a run of neighbours; `None` where one process deals the text into blocks first.
+        stamps: of each of them what shows that it is still the one that was planned for.
     """
 
     arguments: DataArguments
     identity: str
     files: tuple[Path, ...] | None
     tasks: int
+    stamps: tuple[tuple[int, int] | None, ...] = ()
 
     @property
     def cache(self) -> Path:
@@ -69,13 +71,26 @@ class ScalePlan:
 
     def documents(self, ranks: Iterable[int], report: SkipReport) -> Iterator[str]:
         """The documents of some tasks. Raises [`DataError`] for a file as [`read_files`] does."""
-        files = list(self.files or sorted(self.blocks.glob("*.jsonl.zst")))
-        parts = cut_by_size([file.stat().st_size for file in files], self.tasks)
+        stamps = self._stamps if self.files else stamps_of(sorted(self.blocks.glob("*.jsonl.zst")))
+        files = list(stamps)
+        # By the sizes that were planned: what one task reads must not hang on when it looks.
+        parts = cut_by_size([stamp[0] if stamp else 0 for stamp in stamps.values()], self.tasks)
         (source, *_) = self.arguments.named_sources().values() if self.files else [MixedSource()]
         longest = source.max_document_characters if self.files else NO_LIMIT  # blocks hold what was checked
         for rank in ranks:
             part = files[parts[rank]]
+            of_part = {file: stamps[file] for file in part}
+            check_stamps(of_part)
             yield from read_files(part, report, source.text_column, source.text_file_documents, longest)
+            check_stamps(of_part)
+
+    @property
+    def _stamps(self) -> dict[Path, tuple[int, int] | None]:
+        return dict(zip(self.files or (), self.stamps, strict=True))
+
+    def check_unchanged(self) -> None:
+        """Raises [`DataError`] where one of the files is another one than was planned for."""
+        check_stamps(self._stamps)
 
 
 def make_plan(arguments: DataArguments, tasks: int) -> ScalePlan:
@@ -101,20 +116,24 @@ def make_plan(arguments: DataArguments, tasks: int) -> ScalePlan:
     if arguments.overwrite_cache:
         raise DataError("overwrite_cache would be heard by every task: delete cache_dir, or name another one")
     arguments = _with_absolute_places(arguments)
-    identity = TextSource(arguments, open_cache(arguments)).identity
     sources = list(arguments.named_sources().values())
-    files = expand_files(sources[0].train_files) if sources[0].train_files else []
+    files = stamps_of(expand_files(sources[0].train_files) if sources[0].train_files else [])
+    identity = TextSource(arguments, open_cache(arguments)).identity
     limits = (sources[0].max_documents, sources[0].max_characters, sources[0].max_tokens, arguments.max_documents)
     is_read_whole = len(sources) == 1 and sources[0].max_passes == 1 and not any(limits)
-    shared = tuple(files) if is_read_whole and len(files) >= tasks else None
-    return ScalePlan(arguments, identity, shared, tasks)
+    if is_read_whole and len(files) >= tasks:
+        return ScalePlan(arguments, identity, tuple(files), tasks, tuple(files.values()))
+    return ScalePlan(arguments, identity, None, tasks)
 
 
 def _with_absolute_places(arguments: DataArguments) -> DataArguments:
     """The same recipe for processes that start in other folders."""
 
     def absolute(name: str) -> str:
-        return str(Path(name).expanduser().absolute())
+        try:
+            return str(Path(name).expanduser().absolute())
+        except RuntimeError as error:  # an unknown user's home
+            raise DataError(f"{name}: cannot be used ({first_line(error)})") from error
 
     def with_absolute(places: dict[str, Any]) -> dict[str, Any]:
         files, dataset = places.get("train_files"), places.get("dataset_name")
@@ -165,7 +184,7 @@ class PlannedText:
         return self.plan.documents(range(self.plan.tasks), self.report)
 
     def check_unchanged(self) -> None:
-        """The tasks read the files themselves, on their own machines."""
+        self.plan.check_unchanged()
 
 
 class JoinedTokensStage(TokensStage):

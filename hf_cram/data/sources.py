@@ -4,7 +4,8 @@ import io
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from .cache import cached_entry, hash_of
 from .errors import DataError, SkipReport
-from .hub_datasets import count_rows, fingerprint_hub_dataset, load_hub_dataset, read_hub_dataset
+from .hub_datasets import count_rows, fingerprint_hub_dataset, list_folder, load_hub_dataset, read_hub_dataset
 from .installed_docs import fingerprint_installed, read_installed_docs
 from .mixing import MixedStream, mix_streams
 from .source_arguments import INSTALLED_DOCS, MixedSource, SourceArguments
@@ -31,11 +32,12 @@ class _OpenSource:
         self.text_column = settings.text_column
         self.progress = ReadProgress()
         self._files: list[Path] = []
-        self._stamps: list[tuple[int, int] | None] = []
+        self._folder: Path | None = None  # laid out like a data set
+        self._stamps: dict[Path, tuple[int, int] | None] = {}
         self._dataset: Any = None
         if settings.train_files:
             self._files = expand_files(settings.train_files)
-            self._stamps = [_stamp(file) for file in self._files]
+            self._stamps = stamps_of(self._files)
             content = fingerprint_files(self._files)
         elif settings.dataset_name in (None, INSTALLED_DOCS):
             content = fingerprint_installed()
@@ -50,6 +52,9 @@ class _OpenSource:
 
     def _load(self, name: str) -> str:
         s = self.settings
+        if os.path.isdir(name):  # of any length
+            self._folder = Path(name).absolute()
+            self._stamps = stamps_of(list_folder(self._folder))
         self._dataset = load_hub_dataset(
             name,
             s.dataset_config_name,
@@ -84,9 +89,11 @@ class _OpenSource:
 
     def check_unchanged(self) -> None:
         """Raises [`DataError`] where a file is another one than when its content was hashed, by which rows are kept."""
-        for file, stamp in zip(self._files, self._stamps, strict=False):
-            if _stamp(file) != stamp:
-                raise DataError(f"{file}: it has changed since this run began: start again when it is complete")
+        check_stamps(self._stamps)
+        if self._folder is not None and set(list_folder(self._folder)) != set(self._stamps):
+            raise DataError(
+                f"{self._folder}: its files have changed since this run began: start again when it is complete"
+            )
 
     def _read(self, report: SkipReport) -> Iterator[str]:
         s = self.settings
@@ -180,6 +187,18 @@ class TextSource:
                 "Source %r has ended after %s documents: the others go on with their relative weights "
                 "(max_passes repeats it)", stream.name, f"{stream.num_documents:,}",
             )  # fmt: skip
+
+
+def stamps_of(files: Iterable[Path]) -> dict[Path, tuple[int, int] | None]:
+    """Of each file what [`check_stamps`] compares."""
+    return {file: _stamp(file) for file in files}
+
+
+def check_stamps(stamps: Mapping[Path, tuple[int, int] | None]) -> None:
+    """Raises [`DataError`] for a file that has changed since its stamp was taken."""
+    for file, stamp in stamps.items():
+        if _stamp(file) != stamp:
+            raise DataError(f"{file}: it has changed since this run began: start again when it is complete")
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

@@ -25,7 +25,8 @@ from .steps import StepRecord, measured_step, read_steps, write_steps
 from .texts import CHARACTERS_FOR_A_TOKEN, FORMAT_VERSION, Place, Text, hash_of
 from .token_shards import SHARD_CHARACTERS, TokenShards, write_token_shards
 from .tokenization import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
-from .tokenizing import TokenizingSettings, available_workers, plain_text_tokenizer
+from .tokenizing import TokenizingSettings, plain_text_tokenizer
+from .workers import available_workers
 
 logger = logging.getLogger(__name__)
 

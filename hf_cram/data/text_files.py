@@ -29,6 +29,7 @@ HASHED_BYTES = 1 << 20
 SECONDS_WITHOUT_BAR = 2
 NAMED_COLUMNS, COLUMN_CHARACTERS = 20, 60
 CSV_FIELD_CHARACTERS = 100_000_000  # beyond it quoting is broken, and the rest of the file can't be told apart
+PARQUET_BUFFER_BYTES = 1 << 20
 UTF8_BYTES_PER_CHARACTER = 4
 JSON_BYTES_PER_CHARACTER = 12  # an escaped surrogate pair
 TOO_LONG = "longer than the limit (max_document_characters)"
@@ -50,10 +51,15 @@ class ReadProgress:
 
 def format_suffix(path: Path) -> str:
     """`.jsonl` of `a.jsonl.gz`: the format without the compression, lower case."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
-        suffixes = suffixes[:-1]
-    return suffixes[-1] if suffixes else ""
+    if compression_suffix(path):
+        path = path.with_suffix("")
+    return path.suffix.lower()
+
+
+def compression_suffix(path: Path) -> str:
+    """`.gz` of `a.jsonl.gz`, lower case; "" where the file is not compressed."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSION_SUFFIXES else ""
 
 
 def expand_files(patterns: Iterable[str]) -> list[Path]:
@@ -93,14 +99,24 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files below a folder, links that lead nowhere among them. Raises `OSError` for a folder that is closed."""
+    """
+    The files below a folder, also by links to folders; links that lead nowhere among them. Raises `OSError` for a folder
+    that is closed.
+    """
+    yield from _files_below(folder, ())
 
-    def fail(error: OSError) -> None:
-        raise error
 
-    for parent, _, names in os.walk(folder, onerror=fail):  # globbing passes over a closed folder in silence
-        paths = (Path(parent, name) for name in names)
-        yield from (path for path in paths if path.is_file() or path.is_symlink())
+def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads back
+        return
+    with os.scandir(folder) as entries:  # globbing would pass over a closed folder in silence
+        paths = [Path(entry.path) for entry in entries]
+    for path in paths:
+        if path.is_dir():
+            yield from _files_below(path, (*above, real))
+        elif path.is_file() or path.is_symlink():
+            yield path
 
 
 def size_of_files(files: Iterable[Path]) -> int:
@@ -115,7 +131,10 @@ def size_of_files(files: Iterable[Path]) -> int:
 
 
 def fingerprint_files(files: list[Path]) -> str:
-    """Hash of the formats and contents of the files in order; where they lie and when they changed is left out."""
+    """
+    Hash of the formats, compressions and contents of the files in order; where they lie and when they changed is left
+    out.
+    """
     digest = hashlib.blake2b(digest_size=16)
     with progress_bar("hashing files", size_of_files(files), "B") as bar:
         for file in files:
@@ -123,7 +142,7 @@ def fingerprint_files(files: list[Path]) -> str:
                 content = _hash_file(file, bar.update)
             except OSError as error:
                 raise DataError(f"{file}: cannot be read ({_cause(error)})") from error
-            digest.update(format_suffix(file).encode() + content)
+            digest.update(f"{format_suffix(file)}{compression_suffix(file)}".encode() + content)
     return digest.hexdigest()
 
 
@@ -316,8 +335,8 @@ def _read_csv(file: Path, stream: IO[bytes], text_column: str, max_characters: i
 
 
 def _read_parquet(file: Path, text_column: str, progress: ReadProgress) -> Iterator[tuple[int, Any]]:
-    # Without read-ahead the reader holds one batch of the one column.
-    parquet = pq.ParquetFile(file, pre_buffer=False)
+    # Without read-ahead, and by a buffer: else a whole row group of the column is read at once.
+    parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES)
     schema = parquet.schema_arrow
     if text_column not in schema.names:
         raise missing_column(str(file), text_column, schema.names)

@@ -2,14 +2,10 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
-import sys
-import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +17,9 @@ from tokenizers import Tokenizer
 from .errors import DataError
 from .filtering import DocumentFilter, DroppedSamples, FilterArguments
 from .tokenization import NON_ASCII
+from .workers import worker_pool
 
 BATCHES_WAITING = 2  # beyond one for each worker, so that none has to wait for text
-SECONDS_BETWEEN_LOOKS = 0.5
 CACHED_WORDS = 500_000
 CACHED_CHARACTERS = 20_000_000
 NO_TOKENS = "no token of the vocabulary"
@@ -182,17 +178,9 @@ class DocumentTokenizer:
 _tokenize_in_worker: DocumentTokenizer | None = None
 
 
-def _start_worker(settings: TokenizingSettings, parent: int) -> None:
+def _start_worker(settings: TokenizingSettings) -> None:
     global _tokenize_in_worker
     _tokenize_in_worker = DocumentTokenizer(settings)
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-
-
-def end_with(parent: int) -> None:
-    """End this process when its parent is gone: a killed one can't tell, and the pool's processes wait for ever."""
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
 
 
 def _tokenize_batch_in_worker(documents: list[str]) -> TokenizedBatch:
@@ -201,33 +189,17 @@ def _tokenize_batch_in_worker(documents: list[str]) -> TokenizedBatch:
 
 
 @contextmanager
-def _worker_pool(settings: TokenizingSettings, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that tokenize. Forked: a fresh interpreter would take seconds to import."""
+def _silent_tokenizers() -> Iterator[None]:
+    """Tokenizers that start no threads, said before a fork: it spares a warning."""
     told = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the workers; said before the fork, it spares a warning
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(settings, os.getpid()),
-    )
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        yield pool
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
         if told is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = told
-
-
-def available_workers(asked_for: int | None) -> int:
-    """Worker processes to use: as many as asked for, or one for each core that this process may use."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return 1
-    if asked_for is None:
-        return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return asked_for
 
 
 def tokenize_batches(
@@ -250,7 +222,7 @@ def tokenize_batches(
     second = next(batches, None)
     if second is None:
         return
-    with _worker_pool(settings, workers) as pool:
+    with _silent_tokenizers(), worker_pool(workers, _start_worker, settings) as pool:
 
         def submit(batch: Batch) -> tuple[Batch, Future[TokenizedBatch]]:
             return batch, pool.submit(_tokenize_batch_in_worker, batch.documents)

@@ -211,6 +211,21 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
         next(source.documents())
 
 
+def test_a_folder_that_is_still_being_filled_is_an_error(tmp_path):
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "set/train-00000-of-00002.parquet")
+    settings = arguments(tmp_path, dataset_name=str(tmp_path / "set"), streaming=True)
+    source = TextSource(settings, tmp_path)
+    pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "set/train-00001-of-00002.parquet")
+    with pytest.raises(DataError, match="set: its files have changed since this run began"):
+        next(source.documents())
+
+
+def test_a_home_that_nobody_has_is_one_line(tmp_path):
+    with pytest.raises(DataError, match="cache_dir ~nobody-of-this-name/cache cannot be used: "):
+        prepare_corpus(arguments(tmp_path, train_files=["a.txt"], cache_dir="~nobody-of-this-name/cache"))
+
+
 def test_a_file_that_changes_behind_the_limit_of_a_text_is_an_error(tmp_path, monkeypatch):
     """The tokens asked for are there before the file is read to its end."""
     path = tmp_path / "text.txt"

@@ -1,11 +1,13 @@
 """The documentation of installed packages as text."""
 
 import csv
+import os
 import sysconfig
 
 import pytest
 
 from hf_cram.data import installed_docs, sources
+from hf_cram.data.errors import DataError
 from hf_cram.data.installed_docs import (
     fingerprint_installed,
     module_paragraphs,
@@ -264,6 +266,24 @@ def test_fingerprint_follows_the_environment(site_packages):
     assert fingerprint_installed(search) != before
 
 
+def test_what_a_broken_removal_leaves_is_passed_over(site_packages):
+    before = list(read_installed_docs([str(site_packages)], show_progress=False))
+    (site_packages / "gone-1.0.dist-info").mkdir()
+    assert fingerprint_installed([str(site_packages)])
+    assert list(read_installed_docs([str(site_packages)], show_progress=False)) == before
+
+
+def test_fingerprint_follows_the_sources_of_a_checkout(tmp_path):
+    """Its egg-info lists files without hashes."""
+    (tmp_path / "own.egg-info").mkdir()
+    (tmp_path / "own.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (tmp_path / "own.egg-info" / "SOURCES.txt").write_text("own.py\n")
+    (tmp_path / "own.py").write_text("# One\n")
+    before = fingerprint_installed([str(tmp_path)])
+    (tmp_path / "own.py").write_text("# Two\n")
+    assert fingerprint_installed([str(tmp_path)]) != before
+
+
 def test_default_text_is_extracted_once(tmp_path, monkeypatch):
     calls = []
 
@@ -288,3 +308,14 @@ def test_this_environment_has_megabytes_of_prose():
     assert sum(character.isalpha() or character.isspace() for character in text) / len(text) > 0.9
     paragraphs = [paragraph for document in documents for paragraph in document.split("\n")]
     assert len(set(paragraphs)) == len(paragraphs)
+
+
+def die(_):
+    os._exit(1)
+
+
+def test_a_killed_worker_is_one_line(monkeypatch):
+    monkeypatch.setattr(installed_docs, "_paragraphs_of_files", die)
+    monkeypatch.setattr(installed_docs, "available_workers", lambda _: 2)
+    with pytest.raises(DataError, match="a process that reads the installed documentation was killed"):
+        list(read_installed_docs(show_progress=False))

@@ -460,6 +460,13 @@ def test_text_is_no_corpus(call, server, tmp_path):
     assert call("load", "me/absent", tmp_path / "target") == "no corpus"
 
 
+@pytest.mark.parametrize("content", ['{"id": 1}\n{"id": 2}\n', "[]", '{"documents": []}'])
+def test_a_text_may_have_a_corpus_json_of_its_own(tmp_path, content):
+    Dataset.from_dict({"text": ["a boat"]}).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "corpus.json").write_text(content)
+    assert find_published_corpus(str(tmp_path)) is None
+
+
 def write_foreign(folder, rows, corpus, splits=("train", "validation")):
     folder.mkdir()
     for split in splits:

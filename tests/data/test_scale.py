@@ -64,6 +64,17 @@ def test_every_document_is_read_by_one_task_in_order(tmp_path):
     assert sum(parts, []) == [line for file in sorted(files.iterdir()) for line in file.read_text().splitlines()]
 
 
+def test_files_that_change_after_the_plan_are_an_error(tmp_path):
+    files = write_files(tmp_path / "text")
+    plan = make_plan(recipe(files, tmp_path / "cache"), tasks=3)
+    with open(files / "4.txt", "a") as stream:
+        stream.write("one more line of text\n" * 500)
+    read = [list(plan.documents([rank], SkipReport())) for rank in range(2)]
+    assert sum(read, []) == [line for n in range(3) for line in (files / f"{n}.txt").read_text().splitlines()]
+    with pytest.raises(DataError, match=r"4\.txt: it has changed since this run began"):
+        list(plan.documents([2], SkipReport()))
+
+
 def test_parts_are_neighbours_of_about_equal_size():
     assert cut_by_size([10, 10, 10, 10], 2) == [slice(0, 2), slice(2, 4)]
     assert cut_by_size([90, 5, 5], 2) == [slice(0, 1), slice(1, 3)]
@@ -405,8 +416,8 @@ def test_a_killed_program_goes_on_with_what_is_not_finished(
 
 def test_a_task_that_fails_is_named_and_nothing_is_taken_for_rows(tmp_path, datatrove):
     files = write_files(tmp_path / "text")
-    plan = make_plan(recipe(files, tmp_path / "cache"), tasks=2)
     (files / "4.txt").write_text("")
+    plan = make_plan(recipe(files, tmp_path / "cache"), tasks=2)
     with pytest.raises(DataError, match="4.txt: it is empty"):
         run_plan(plan, ScaleArguments(tasks=2, workers=2))
     assert not (tmp_path / "cache" / "corpora").exists()

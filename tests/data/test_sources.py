@@ -250,6 +250,46 @@ def test_fingerprint_is_of_content_alone(tmp_path):
     assert fingerprint_files([first, second]) != fingerprint_files([second, first])
 
 
+def test_the_same_bytes_read_otherwise_are_another_text(tmp_path):
+    plain, compressed = tmp_path / "a.txt", tmp_path / "a.txt.gz"
+    for path in (plain, compressed):
+        path.write_bytes(gzip.compress(b"text"))
+    assert fingerprint_files([plain]) != fingerprint_files([compressed])
+
+
+def test_folders_are_followed_through_links_and_not_in_circles(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("by a link")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("here")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    assert read(folder) == ["here", "by a link"]
+    before = fingerprint_folder(folder)
+    (tmp_path / "elsewhere" / "b.txt").write_text("another text")
+    assert fingerprint_folder(folder) != before
+
+
+def test_a_folder_with_the_name_of_a_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "train.txt").write_text("of the current folder")
+    with pytest.raises(DataError, match="dataset_name: 'text' is a format, not a data set"):
+        load_hub_dataset("text", None, "train", None, "text", True)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text("of the folder")
+    dataset = load_hub_dataset("text", None, "train", None, "text", True)
+    assert list(read_hub_dataset(dataset, "text", SkipReport(), "text", 1000)) == ["of the folder"]
+
+
+def test_a_card_that_is_no_yaml_is_one_line(tmp_path):
+    (tmp_path / "README.md").write_text("---\nconfigs: a: b\n---\n")
+    (tmp_path / "train.txt").write_text("text")
+    with pytest.raises(DataError, match="cannot be loaded: "):
+        load_hub_dataset(str(tmp_path), None, "train", None, "text", True)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_laid_out_like_a_hub_data_set(tmp_path, streaming, monkeypatch):
     folder = tmp_path / "corpus"
