@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
@@ -115,13 +116,26 @@ def train_and_save(
             trainer.pusher.clear()
         return 128 + trainer.interrupted_by
 
-    results = save_results(trainer, preprocessing_seconds, text_name(data_args))
-    if trainer.is_world_process_zero():
-        write_atomically(trainer.output_dir, {"recipe.yaml": yaml.safe_dump(recipe).encode()})
-        write_card(trainer, corpus.tokenizer, results, data_args, card_args, recipe)
-        if training_args.push_to_hub:
-            trainer.push_to_hub()
+    if trainer.was_used_up and holds_result(trainer.output_dir):
+        # Its weights may be later than those of the last checkpoint, and others have written into its card.
+        logger.warning("This run was finished: its result in %s stays as it is", trainer.output_dir)
+    else:
+        results = save_results(trainer, preprocessing_seconds, text_name(data_args))
+        if trainer.is_world_process_zero():
+            write_atomically(trainer.output_dir, {"recipe.yaml": yaml.safe_dump(recipe).encode()})
+            write_card(trainer, corpus.tokenizer, results, data_args, card_args, recipe)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
     return 0
+
+
+def holds_result(folder: Path) -> bool:
+    """Whether a run has ended in `folder`; rank 0's answer counts."""
+    try:
+        held = "optimizer_steps" in read_json(folder / "all_results.json", "optimizer_steps")
+    except (OSError, ValueError):
+        held = False
+    return broadcast_object_list([held])[0]
 
 
 def tell_of(corpus: PreparedCorpus) -> None:
@@ -177,7 +191,7 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) 
     """Save model and results. The clock has stopped: saving and the final evaluation are reported apart."""
     saving_started = time.monotonic()
     if trainer.args.should_save:
-        set_scores_aside(trainer)
+        set_scores_aside(trainer.output_dir)
     trainer.save_model()
     trainer.save_state()
     results: dict[str, Any] = {
@@ -197,17 +211,11 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) 
     return results
 
 
-def set_scores_aside(trainer: CramTrainer) -> None:
+def set_scores_aside(folder: Path) -> None:
     """What earlier weights in the folder have scored is not the score of those that take their place."""
-    folder = trainer.output_dir
-    try:
-        earlier_step = read_json(folder / "all_results.json", "optimizer_steps")["optimizer_steps"]
-    except (OSError, ValueError):
-        earlier_step = None
-    if earlier_step != trainer.state.global_step:
-        moved = set_aside(sorted(path for pattern in SCORES for path in folder.glob(pattern)), folder)
-        if moved is not None:
-            logger.warning("The scores of the earlier weights were moved to %s", moved)
+    moved = set_aside(sorted(path for pattern in SCORES for path in folder.glob(pattern)), folder)
+    if moved is not None:
+        logger.warning("The scores of the earlier weights were moved to %s", moved)
 
 
 def publish(corpus: PreparedCorpus, publish_args: PublishArguments, data_args: DataArguments) -> None:

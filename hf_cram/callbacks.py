@@ -141,7 +141,8 @@ def fill_sentences(
     """
     The `top_k` likeliest fills of each sentence's `[MASK]`: a list of `{"sentence": str, "fills": [str, ...]}`.
 
-    The sentences are encoded like the rows of training: no `[CLS]`, a `[SEP]` at the end.
+    The sentences are encoded like the rows of training: no `[CLS]`, a `[SEP]` at the end. One that is longer than the
+    model's positions is left out.
     """
     was_training = model.training
     model.eval()
@@ -149,6 +150,8 @@ def fill_sentences(
     for sentence in sentences:
         text = sentence.replace("[MASK]", tokenizer.mask_token)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.sep_token_id]
+        if len(ids) > getattr(model.config, "max_position_embeddings", len(ids)):
+            continue
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[
             0, ids.index(tokenizer.mask_token_id)
         ]

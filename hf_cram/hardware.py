@@ -9,7 +9,7 @@ import resource
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +104,7 @@ def bf16_is_faster(device: torch.device, shape: tuple[int, int], seconds: float 
         return False
     layer = nn.Linear(shape[1], shape[0], bias=False, device=device)
     inputs = torch.randn(MATMUL_ROWS, shape[1], device=device, requires_grad=True)
-    best = {True: float("inf"), False: float("inf")}
-    rounds, deadline = 0, time.perf_counter() + seconds
-    while rounds < 2 or time.perf_counter() < deadline:  # the first round warms up
-        for enabled in (False, True):
-            started = time.perf_counter()
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
-                layer(inputs).sum().backward()
-            _synchronize(device)
-            if rounds:
-                best[enabled] = min(best[enabled], time.perf_counter() - started)
-        rounds += 1
-    return best[True] < best[False]
+    return _bf16_wins(device, lambda: layer(inputs).sum(), seconds)
 
 
 def bf16_trains_faster(model: nn.Module, batch: Mapping[str, Any], rounds: int = 5) -> bool:
@@ -125,18 +114,28 @@ def bf16_trains_faster(model: nn.Module, batch: Mapping[str, Any], rounds: int =
     For small models and short batches, whose time is not in the matrix products that [`bf16_is_faster`] measures.
     """
     probe = copy.deepcopy(model).train()
-    device = next(probe.parameters()).device
+
+    def loss() -> torch.Tensor:
+        probe.zero_grad()
+        return probe(**batch)[0]
+
+    return _bf16_wins(next(probe.parameters()).device, loss, rounds=rounds)
+
+
+def _bf16_wins(device: torch.device, loss: Callable[[], torch.Tensor], seconds: float = 0.0, rounds: int = 1) -> bool:
+    """Forward and backward of `loss` with and without bf16, in turn, for `seconds` and at least `rounds` times."""
     best = {True: float("inf"), False: float("inf")}
-    for number in range(rounds + 1):  # the first round warms up
+    number, deadline = 0, time.perf_counter() + seconds
+    while number <= rounds or time.perf_counter() < deadline:  # the first round warms up
         for enabled in (False, True):
             started = time.perf_counter()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
-                loss = probe(**batch)[0]
-            loss.backward()
-            probe.zero_grad()
+                value = loss()
+            value.backward()
             _synchronize(device)
             if number:
                 best[enabled] = min(best[enabled], time.perf_counter() - started)
+        number += 1
     return best[True] < best[False]
 
 

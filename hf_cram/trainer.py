@@ -172,6 +172,7 @@ class CramTrainer(Trainer):
         self.followers = list(followers)
         self.eval_data_collator = eval_data_collator
         self.interrupted_by: signal.Signals | None = None
+        self.was_used_up = False
         self._received_signal = 0  # on this process; all of them agree on `interrupted_by`
         self._elapsed_seconds = 0.0
         self._clock_fraction = 0.0
@@ -257,10 +258,16 @@ class CramTrainer(Trainer):
     def _keep_first_choices(self) -> None:
         """What the first session has measured holds for those that resume it, whatever they have measured."""
         first, args = self.run_state, self.args
-        bf16 = first.bf16 if self._is_bf16_open and first.bf16 is not None else args.bf16
-        compiled = first.torch_compile if self._is_compile_open and first.torch_compile is not None else None
-        if compiled is None or (compiled and not can_compile(args.device)):  # another machine
-            compiled = args.torch_compile
+        bf16, compiled = args.bf16, args.torch_compile
+        if self._is_bf16_open and first.bf16 is not None:
+            bf16 = first.bf16
+        # Another machine may have no compiler.
+        if (
+            self._is_compile_open
+            and first.torch_compile is not None
+            and (not first.torch_compile or can_compile(args.device))
+        ):
+            compiled = first.torch_compile
         if (bf16, compiled) != (args.bf16, args.torch_compile):
             if bf16 != args.bf16:
                 args.bf16, args.mixed_precision = bf16, "bf16" if bf16 else "no"
@@ -370,7 +377,7 @@ class CramTrainer(Trainer):
         torch.compile pay is not measured anew. Called again, the trainer starts another run, from the weights it has and
         with a new optimiser. While it trains, no other run can work in the same output folder; see [`keep_folder`].
         """
-        self.interrupted_by, self._received_signal = None, 0
+        self.interrupted_by, self._received_signal, self.was_used_up = None, 0, False
         self._clock_fraction, self._nonfinite_in_a_row = 0.0, 0
         self.run_state = RunState(dataset_id=getattr(self.train_dataset, "dataset_id", None))
         if self._has_trained and not self._has_own_optimizer:
@@ -399,9 +406,11 @@ class CramTrainer(Trainer):
         self._started_at = time.time() - self._setup_seconds
         if self.args.embeddings_from_text and checkpoint is None and not self._has_trained:
             initialize_embeddings_from_text(self.model, self.train_dataset, self.args.seed)
-        self._has_trained, self._setup_seconds = True, 0.0
         with memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size):
+            if not self._has_trained and self.model_accepts_loss_kwargs:
+                self.model_accepts_loss_kwargs = self._loss_follows_item_count()
             self._row_flops = self._measure_row_flops()
+        self._has_trained, self._setup_seconds = True, 0.0
         forget_peak_memory(self.args.device)
         heartbeat = (
             Heartbeat(self.output_dir, self._heartbeat_values)
@@ -447,8 +456,10 @@ class CramTrainer(Trainer):
             if checkpoint is None and is_main:
                 logger.warning("There is no complete checkpoint in %s: the run starts at its first step", output_dir)
             # The time between the last checkpoint and a kill was used as well.
-            if clock is not None and clock["run_id"] == self.run_state.run_id:
-                self.run_state.elapsed_seconds = max(self.run_state.elapsed_seconds, clock["elapsed_seconds"])
+            moved = None if checkpoint is None else read_clock(checkpoint.resolve().parent)
+            for beat in (clock, moved):
+                if beat is not None and beat["run_id"] == self.run_state.run_id:
+                    self.run_state.elapsed_seconds = max(self.run_state.elapsed_seconds, beat["elapsed_seconds"])
         self.accelerator.wait_for_everyone()  # all have looked
         if is_main:
             if self._make_room(checkpoint, is_new=not resume_from_checkpoint):
@@ -542,9 +553,23 @@ class CramTrainer(Trainer):
     def _measure_row_flops(self) -> float:
         """FLOPs of one training row, counted on one micro-batch of one row."""
         with keep_random_state():
-            stream = self._row_stream()
-            batch = self._prepare_inputs(self.data_collator([stream[0]]))
-            return float(training_flops(self.model, batch))
+            return float(training_flops(self.model, self._one_row()))
+
+    def _one_row(self) -> dict[str, Any]:
+        """A training batch of one row."""
+        return self._prepare_inputs(self.data_collator([self._row_stream()[0]]))
+
+    @torch.no_grad()
+    def _loss_follows_item_count(self) -> bool:
+        """
+        Whether the model divides its loss by the `num_items_in_batch` that it accepts. BERT and others take any keyword
+        and return the mean of the micro-batch: the Trainer then has to divide.
+        """
+        losses = []
+        for count in (1, 2):
+            with keep_random_state():  # the same dropout
+                losses.append(self.model.train()(**self._one_row(), num_items_in_batch=count)[0])
+        return not torch.equal(*losses)
 
     @property
     def _shuffles(self) -> bool:
@@ -595,7 +620,9 @@ class CramTrainer(Trainer):
         training_collator = self.data_collator
         self.data_collator = self.eval_data_collator or training_collator
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            loader = super().get_eval_dataloader(eval_dataset)
+            getattr(loader, "base_dataloader", loader).worker_init_fn = _leave_signals_to_the_trainer
+            return loader
         finally:
             self.data_collator = training_collator
 
@@ -669,6 +696,7 @@ class CramTrainer(Trainer):
                     "used before the first step: raise it, or start anew without --resume_from_checkpoint"
                 )
             logger.warning("The budget of this run is used up: no step is taken")
+            self.was_used_up = True
             self.clock.stop()
             self.control.should_training_stop = True
             self._load_rng_state(kwargs["resume_from_checkpoint"])

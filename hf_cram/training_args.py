@@ -1,6 +1,7 @@
 """Arguments of a budgeted training run."""
 
 import json
+import logging
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,6 +12,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 
 from .budget import Interval, build_lr_schedule, parse_duration
+
+logger = logging.getLogger(__name__)
 
 ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")
 # Fields of the Trainer that mean nothing under a budget, and what does.
@@ -58,6 +61,13 @@ class OpenPrecisionArguments(TrainingArguments):
             super().__post_init__()
         except ImportError as error:  # deepspeed, fsdp, an optimiser of another package
             raise ValueError(" ".join(str(error).split())) from error
+        if self.n_gpu > 1:
+            # torch's DataParallel would leave out autocast and compiling.
+            logger.warning(
+                "One process uses one GPU, and %d are here: start one each by accelerate launch --num_processes %d",
+                self.n_gpu, self.n_gpu,
+            )  # fmt: skip
+            self._n_gpu = 1
         self._check_packages()
         self._set_bf16(asked_for_bf16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
@@ -96,7 +106,7 @@ class CramTrainingArguments(OpenPrecisionArguments):
         default=None,
         metadata={
             "help": "Wall-clock time from the start of training, compiling, evaluating and saving included: '24h', "
-            "'90m', '600s' or seconds."
+            "'90m', '600s' or seconds; none: max_steps alone ends the run."
         },
     )
     lr_schedule: str = field(
@@ -169,7 +179,7 @@ class CramTrainingArguments(OpenPrecisionArguments):
         default="no", metadata={"help": "Log by steps instead of logging_interval."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Drop columns the model does not take before the collator sees them."}
+        default=False, metadata={"help": "Unused here: the collator chooses what it reads of a row."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters without gradient in data-parallel runs (slow)."}
@@ -177,6 +187,8 @@ class CramTrainingArguments(OpenPrecisionArguments):
 
     def __post_init__(self) -> None:
         self.time_budget_seconds: float | None = None
+        if str(self.time_budget).lower() == "none":  # on the command line, against a recipe's
+            self.time_budget = None
         if self.time_budget is not None:
             self.time_budget_seconds = parse_duration(self.time_budget)
         elif self.max_steps <= 0:
@@ -229,9 +241,19 @@ class CramTrainingArguments(OpenPrecisionArguments):
                 raise ValueError(
                     f"{name} does nothing by itself: set {interval} instead, or {strategy}: steps with it"
                 )
+            steps = getattr(self, name)
+            if getattr(self, strategy) == "steps" and steps is not None and steps < 1 and self.max_steps <= 0:
+                raise ValueError(f"{name} below 1 is a share of max_steps, which is not set: set {interval} instead")
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
             raise ValueError(
                 f"train_sampling_strategy must be {' or '.join(SAMPLING_STRATEGIES)}, got {self.train_sampling_strategy!r}"
+            )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(f"{name} has no place here: evaluation has the precision of training; leave it out")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns has no place here: drop the columns from the data set, or leave it out"
             )
         if self.save_only_model:
             raise ValueError("save_only_model would leave checkpoints that no run can continue from: leave it out")

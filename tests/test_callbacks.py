@@ -18,6 +18,12 @@ def test_fills_are_words_and_the_model_stays_as_it_was(tiny_config, tokenizer):
     assert torch.is_grad_enabled()
 
 
+def test_a_sentence_beyond_the_positions_is_left_out(tiny_config, tokenizer):
+    model = CrammedBertForMaskedLM(tiny_config)
+    long = " ".join(["w1"] * tiny_config.max_position_embeddings + ["[MASK]"])
+    assert [fill["sentence"] for fill in fill_sentences(model, tokenizer, [long, "[MASK] w9"])] == ["[MASK] w9"]
+
+
 def test_bar_shows_time_loss_rate_and_where_it_ends(capsys):
     progress = BudgetProgress(
         elapsed_seconds=150.0, time_budget_seconds=600.0, fraction=0.25, unit="tokens", units_seen=1_500_000,

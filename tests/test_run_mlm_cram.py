@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -109,20 +109,29 @@ def test_scores_of_earlier_weights_are_set_aside(finished, caplog):
     from run_mlm_cram import set_scores_aside
 
     out = finished[-1]
-    trainer = SimpleNamespace(
-        output_dir=out,
-        state=SimpleNamespace(global_step=json.loads((out / "all_results.json").read_text())["optimizer_steps"]),
-    )
     for name in ("glue_results.json", "minimal_pairs_results.json"):
         (out / name).write_text("{}")
-    set_scores_aside(trainer)
-    assert (out / "glue_results.json").exists()  # the weights stay: no step was taken
-    trainer.state.global_step += 1
-    set_scores_aside(trainer)
+    set_scores_aside(out)
     moved = {path.name for path in (out / "set-aside-1").iterdir()}
     assert moved == {"glue_results.json", "minimal_pairs_results.json"}
     assert not (out / "glue_results.json").exists()
     assert "were moved to" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_resumed_keeps_its_result(finished, text, tmp_path):
+    """Its last checkpoint is of an earlier step, and others have written into its folder since."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[-1], out)
+    (out / "glue_results.json").write_text("{}")
+    (out / "README.md").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = run(arguments(text, out, "--time_budget", "1s", "--resume_from_checkpoint", "true"), environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "This run was finished: its result in" in result.stderr
+    after = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert {name for name in before if after[name] != before[name]} <= {"clock.json", "loss_curve.png"}
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The Trainer under its clock: stopping, following, resuming, skipping - with any model."""
 
 import copy
+import functools
 import json
 import math
 import multiprocessing
@@ -22,6 +23,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     TrainerCallback,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
     default_data_collator,
@@ -191,6 +193,24 @@ def test_accumulation_equals_one_large_micro_batch(tiny_config, tokenizer, tmp_p
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize("rows", [8, 32])
+def test_accumulation_is_a_mean_for_models_that_do_not_divide_by_the_items_too(tokenizer, tmp_path, rows):
+    """BERT takes `num_items_in_batch` like any keyword, and returns the mean of the micro-batch."""
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    set_seed(0)
+    trainer = CramTrainer(
+        BertForMaskedLM(config),
+        make_arguments(tmp_path, max_steps=1, train_batch_rows=rows, logging_strategy="steps", logging_steps=1),
+        train_dataset=Rows(64),
+        data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.25, return_masked_positions=False),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(VOCAB_SIZE), rel=0.05)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -310,6 +330,21 @@ def test_resumed_clock_goes_on_where_it_was(tiny_config, tokenizer, tmp_path):
     third = make_trainer(tiny_config, tokenizer, tmp_path, clock=clock, time_budget="100s", save_interval="5s")
     third.train(resume_from_checkpoint=True)  # the budget is used up
     assert third.state.global_step == 6
+
+
+def test_the_clock_of_a_run_that_was_moved_aside_goes_on_too(tiny_config, tokenizer, tmp_path):
+    run_with_fake_clock(
+        tiny_config, tokenizer, tmp_path / "moved", time_budget="100s", max_steps=6, save_interval="3s"
+    )
+    clock_file = tmp_path / "moved" / "clock.json"
+    beat = json.loads(clock_file.read_text())
+    clock_file.write_text(json.dumps({**beat, "elapsed_seconds": 75.0}))
+    checkpoint = tmp_path / "moved" / "checkpoint-3"
+    resumed = make_trainer(
+        tiny_config, tokenizer, tmp_path / "out", clock=FakeClock(), time_budget="100s", max_steps=4
+    )
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.run_state.elapsed_seconds >= 75.0
 
 
 def test_a_run_without_a_step_is_no_result(tiny_config, tokenizer, tmp_path):
@@ -535,6 +570,28 @@ def test_a_signal_to_the_loader_workers_too_saves_a_checkpoint(tiny_config, toke
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
 
 
+class TerminateWhileEvaluating(TrainerCallback):
+    """SIGTERM to the workers that load held-out rows, too."""
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        workers = multiprocessing.active_children()
+        assert workers
+        for process in (*workers, None):
+            os.kill(process.pid if process else os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_signal_while_evaluating_saves_a_checkpoint(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path, max_steps=50, dataloader_num_workers=2, eval_interval="20%",
+        callbacks=[TerminateWhileEvaluating()],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.interrupted_by == signal.SIGTERM
+    assert last_checkpoint(tmp_path) is not None
+
+
 def test_resuming_needs_a_complete_checkpoint(tiny_config, tokenizer, tmp_path):
     trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=2, save_interval="50%", save_total_limit=5)
     trainer.train()
@@ -743,6 +800,13 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"time_budget": "5s", "warmup_steps": 0.1}, "set the warmup of lr_scheduler_kwargs"),
         ({"time_budget": "5s", "lr_scheduler_type": "cosine"}, "lr_scheduler_type .* set lr_schedule"),
         ({"time_budget": "5s", "save_steps": 100}, "set save_interval instead, or save_strategy: steps"),
+        (
+            {"time_budget": "5s", "save_strategy": "steps", "save_steps": 0.1},
+            "save_steps below 1 is a share of max_steps, which is not set: set save_interval",
+        ),
+        ({"time_budget": "5s", "bf16_full_eval": True}, "bf16_full_eval has no place here"),
+        ({"time_budget": "5s", "remove_unused_columns": True}, "drop the columns from the data set"),
+        ({"time_budget": "none"}, "set time_budget"),
         ({"time_budget": "5s", "save_only_model": True}, "no run can continue from"),
         ({"time_budget": "5s", "train_sampling_strategy": "group_by_length"}, "must be random or sequential"),
         ({"time_budget": "5s", "report_to": "clearml"}, "clearml is not installed"),
@@ -766,6 +830,20 @@ def test_wrong_arguments_are_one_line(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             make_arguments(tmp_path, **values)
         assert "secret" not in str(caught.value)
+
+
+def test_a_process_uses_one_of_several_gpus(tmp_path, monkeypatch, caplog):
+    def two_gpus(arguments):
+        device = TrainingArguments.__dict__["_setup_devices"].func(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    setup = functools.cached_property(two_gpus)
+    setup.__set_name__(CramTrainingArguments, "_setup_devices")
+    monkeypatch.setattr(CramTrainingArguments, "_setup_devices", setup, raising=False)
+    arguments = make_arguments(tmp_path, max_steps=1)
+    assert "start one each by accelerate launch --num_processes 2" in caplog.text
+    assert arguments.n_gpu == 1
 
 
 @pytest.mark.parametrize(
