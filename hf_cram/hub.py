@@ -124,6 +124,8 @@ def push_folder(
 
     def upload() -> str:
         repo_id = _create_repository(target)
+        if target.revision is not None and not target.revision.startswith("refs/pr/"):
+            HfApi().create_branch(repo_id, branch=target.revision, exist_ok=True)
         operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
         HfApi().create_commit(repo_id, operations, commit_message=commit_message, revision=target.revision)
         return f"{HfApi().endpoint}/{repo_id}"
@@ -158,7 +160,6 @@ class HubPusher:
         self._finishing = threading.Event()
         self._is_refused = False
         self._has_warned = False
-        self.clear()  # those of a killed run
         # A daemon: an interrupted run, whose checkpoint is safe, does not wait for it.
         self._thread = threading.Thread(target=self._work, name="hf_cram-push", daemon=True)
         self._thread.start()
@@ -167,6 +168,8 @@ class HubPusher:
         """Have the complete folder `checkpoint` pushed; returns at once."""
         if self._is_refused or not self._thread.is_alive():
             return
+        if self._count == 0:
+            self.clear()  # those of a killed run; not earlier, since this one might have been refused the folder
         self._count += 1  # a step may be saved twice
         pinned = self.output_dir / PUSHING_NAME / f"{self._count}-{checkpoint.name}"
         try:

@@ -34,28 +34,30 @@ class Fault:
 
 @dataclass
 class Repository:
-    """Files by path at each commit, oldest first."""
+    """Files by path at each commit, oldest first, and the newest commit of each branch."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
 
     @property
     def head(self) -> str:
-        return list(self.commits)[-1]
+        return self.branches["main"]
 
     @property
     def files(self) -> dict[str, bytes]:
         return self.commits[self.head]
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
-        """Commit and files of a commit, or of the newest."""
-        sha = revision if revision in self.commits else self.head
+        """Commit and files of a commit or a branch, or of the newest."""
+        sha = revision if revision in self.commits else self.branches.get(revision, self.head)
         return sha, self.commits[sha]
 
-    def commit(self, files: dict[str, bytes], message: str) -> str:
+    def commit(self, files: dict[str, bytes], message: str, branch: str = "main") -> str:
         sha = hashlib.sha1(f"{len(self.commits)} {message} {sorted(files)}".encode()).hexdigest()
         self.commits[sha] = files
+        self.branches[branch] = sha
         self.messages.append(message)
         return sha
 
@@ -173,7 +175,9 @@ class Handler(BaseHTTPRequestHandler):
         elif len(parts) == 6 and parts[4] == "preupload":
             self.preupload(repository_name(parts[1], parts[2:4]), json.loads(body)["files"])
         elif len(parts) == 6 and parts[4] == "commit":
-            self.commit(repository_name(parts[1], parts[2:4]), body)
+            self.commit(repository_name(parts[1], parts[2:4]), parts[5], body)
+        elif len(parts) == 6 and parts[4] == "branch":
+            self.create_branch(repository_name(parts[1], parts[2:4]), parts[5])
         elif len(parts) == 6 and parts[4] == "paths-info":
             repository = self.server.repositories[repository_name(parts[1], parts[2:4])]
             self.paths_info(repository.at(parts[5])[1], parse_qs(body.decode())["paths"])
@@ -223,9 +227,18 @@ class Handler(BaseHTTPRequestHandler):
             answers.append(known)
         self.answer(200, {"transfer": "basic", "objects": answers})
 
-    def commit(self, name: str, body: bytes) -> None:
+    def create_branch(self, name: str, branch: str) -> None:
         repository = self.server.repositories[name]
-        files, message = dict(repository.files), ""
+        known = branch in repository.branches
+        repository.branches.setdefault(branch, repository.head)
+        self.answer(409 if known else 200, {"error": "Reference already exists"} if known else {})
+
+    def commit(self, name: str, branch: str, body: bytes) -> None:
+        repository = self.server.repositories[name]
+        if branch not in repository.branches:
+            self.answer(404, {"error": f"Invalid rev id: {branch}"}, X_Error_Code="RevisionNotFound")
+            return
+        files, message = dict(repository.at(branch)[1]), ""
         for line in filter(None, body.splitlines()):
             entry = json.loads(line)
             value = entry["value"]
@@ -237,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.large[value["oid"]]
             elif entry["key"] == "deletedFile":
                 del files[value["path"]]
-        sha = repository.commit(files, message)
+        sha = repository.commit(files, message, branch)
         self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{sha}", "commitOid": sha})
 
     def get(self, path: str) -> None:

@@ -285,6 +285,16 @@ def test_a_checkpoint_can_be_pushed_by_the_command(pushed, run, server):
     assert set(server.repositories[f"me/{checkpoint.name}"].files) == CODE | MODEL
 
 
+def test_a_branch_is_made_where_it_is_absent(pushed, run, server):
+    (checkpoint,) = pushed[-1].glob("checkpoint-*")
+    for _ in range(2):
+        status, log = run("hf_cram.hub", checkpoint, "--hub_model_id", "branched", "--hub_revision", "dev")
+        assert status == 0, log
+    repository = server.repositories["me/branched"]
+    assert set(repository.at("dev")[1]) == CODE | MODEL
+    assert repository.files == {}
+
+
 def test_glue_results_and_card_are_pushed_with_the_model(pushed, run, server, tmp_path):
     model, data = tmp_path / "model", tmp_path / "glue" / "wnli"
     shutil.copytree(pushed[-1], model, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -406,6 +416,19 @@ def test_training_never_waits_and_the_newest_checkpoint_is_pushed_next(tmp_path,
     assert uploads.get(timeout=10) == ("End of training", b"result")
     assert uploads.empty()
     assert not (tmp_path / hub.PUSHING_NAME).exists()
+
+
+def test_a_run_that_is_refused_its_folder_leaves_what_another_pushes(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "_create_repository", lambda target: "me/x")
+    waiting = tmp_path / hub.PUSHING_NAME / "1-checkpoint-1"
+    write_model(waiting)
+    pusher = HubPusher(tmp_path, HubTarget("me/x"))  # made before a run knows whether it may have the folder
+    assert waiting.is_dir()
+    monkeypatch.setattr(hub, "push_folder", lambda *args: "address")
+    write_model(tmp_path / "checkpoint-7")
+    pusher.push_checkpoint(tmp_path / "checkpoint-7")  # has it, so the other was killed
+    assert not waiting.exists()
+    pusher.finish(tmp_path / "checkpoint-7", "End of training")
 
 
 def test_unreadable_checkpoint_is_a_warning(tmp_path, monkeypatch, caplog):
