@@ -144,6 +144,8 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
             f"model_name_or_path: {encoder.model_name_or_path} does not load as a sequence classifier: {cause(error)}"
         ) from error
     encoder_prefix = f"{model.base_model_prefix}."
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        renew_head(model, encoder_prefix, encoder.trust_remote_code)
     if misshapen := [name for name, *_ in info["mismatched_keys"] if name.startswith(encoder_prefix)]:
         raise GlueError(
             f"model_name_or_path: {len(misshapen)} weights of {encoder.model_name_or_path} do not have the shapes that "
@@ -156,6 +158,17 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
             len(missing), encoder.model_name_or_path, missing[0],
         )  # fmt: skip
     return model
+
+
+@torch.no_grad()
+def renew_head(model: PreTrainedModel, encoder_prefix: str, trust_remote_code: bool) -> None:
+    """Put random weights in the place of those that the head has learned on another task."""
+    fresh = AutoModelForSequenceClassification.from_config(
+        model.config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    ).state_dict()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(encoder_prefix):
+            tensor.copy_(fresh[name])
 
 
 def set_pooling(config: Any, pooling: str | None) -> None:

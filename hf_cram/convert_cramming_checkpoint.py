@@ -116,10 +116,7 @@ RENAMED = (
 # Their class: ours, and the names of its head.
 HEADS: dict[str, tuple[type[CrammedBertPreTrainedModel], tuple[tuple[str, str], ...]]] = {
     "ScriptableLMForPreTraining": (CrammedBertForMaskedLM, (("head.", "prediction_head."),)),
-    "ScriptableLMForSequenceClassification": (
-        CrammedBertForSequenceClassification,
-        (("head.", "pooler."), ("classifier.", "head.")),
-    ),
+    "ScriptableLMForSequenceClassification": (CrammedBertForSequenceClassification, (("classifier.", "head."),)),
 }
 
 

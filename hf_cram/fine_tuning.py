@@ -141,6 +141,9 @@ class FineTuner:
             callbacks=[ProgressCallback(advance)],
         )
         trainer.remove_callback(PrinterCallback)
+        if task.data.is_regression:
+            # transformers' loss of a regression is a mean whatever it is told of the batch: the Trainer has to divide.
+            trainer.model_accepts_loss_kwargs = False
         started = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - started

@@ -1,12 +1,15 @@
 """The arguments of a fine-tuning: which checkpoint, by which protocol."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .training_args import OpenPrecisionArguments
+
+DEFAULTS = {spec.name: spec.default for spec in fields(TrainingArguments)}
 
 
 @dataclass
@@ -91,6 +94,11 @@ class FineTuningArguments(OpenPrecisionArguments):
         for name in ("layer_lr_decay", "head_lr_multiplier", "embedding_lr_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("seed", "data_seed"):
+            if getattr(self, name) != DEFAULTS[name]:
+                raise ValueError(f"{name} is chosen by seeds: leave it out, and name one seed as '7,'")
+        if self.resume_from_checkpoint:
+            raise ValueError("an interrupted run goes on by itself: leave out resume_from_checkpoint")
         if self.optim_args or self.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError("fine-tuning is done with AdamW, by the paper's protocol: leave out optim and optim_args")
 

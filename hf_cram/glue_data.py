@@ -14,6 +14,8 @@ from .glue import COLUMNS, TASKS, GlueError, Task, cause_of
 GLUE_NAME = "nyu-mll/glue"
 DIAGNOSTIC = "ax"  # predicted by the model of MNLI, and part of a submission
 EXTENSIONS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# A class or a text may be "None" or "NA".
+READING = {"csv": {"keep_default_na": False, "na_values": [""]}}
 RESERVED_NAMES = {*TASKS, *COLUMNS, DIAGNOSTIC, "predictions", "checkpoints"}
 
 
@@ -69,7 +71,7 @@ def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
 def _read(kind: str, paths: str | list[str], place: str) -> Dataset:
     """The rows of files. Raises [`GlueError`], naming the `place`, where they cannot be read or are none."""
     try:
-        return load_dataset(kind, data_files=paths, split="train")
+        return load_dataset(kind, data_files=paths, split="train", **READING.get(kind, {}))
     except (DatasetsError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):
             raise GlueError(f"{place} holds no rows") from error
@@ -205,12 +207,13 @@ def _number_labels(
         names, values = tuple(feature.names), list(range(len(feature.names)))
     if len(names) < 2:
         raise GlueError(f"{files['train']}: all rows have the label {names[0]!r}: nothing to learn")
-    numbers = {value: number for number, value in enumerate(values)}
+    # By name: each file of csv or json is typed alone, and one may hold numbers where another holds text.
+    numbers = {str(value): number for number, value in enumerate(values)}
     numbered = {}
     for split, dataset in splits.items():
         if "label" in dataset.column_names:
-            labels = list(dataset["label"])
-            unknown = {str(value) for value in labels if value not in numbers}
+            labels = [str(value) for value in dataset["label"]]
+            unknown = set(labels) - set(numbers)
             if unknown and split != "test":
                 raise GlueError(f"{files[split]}: label {min(unknown)!r} does not occur in training")
             dataset = dataset.remove_columns("label").add_column("label", [numbers.get(value, -1) for value in labels])

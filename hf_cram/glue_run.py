@@ -17,7 +17,17 @@ from .classifier import fingerprint, hash_of, load_tokenizer, longest_example
 from .files import write_json_atomically
 from .fine_tuning import FineTuner
 from .fine_tuning_args import EncoderArguments, FineTuningArguments
-from .glue import GlueError, Task, aggregate, choose_tasks, headline_metrics, load_metric, numbers_of
+from .glue import (
+    COLUMNS,
+    TASKS,
+    GlueError,
+    Task,
+    aggregate,
+    choose_tasks,
+    headline_metrics,
+    load_metric,
+    numbers_of,
+)
 from .glue_data import GLUE_NAME, TaskData, load_glue_task, load_own_task
 from .glue_encoding import EncodedTask, encode_task
 from .glue_outputs import (
@@ -33,7 +43,7 @@ from .glue_outputs import (
     write_predictions,
     write_submission,
 )
-from .model_card import update_model_card
+from .model_card import ModelCardError, update_model_card
 from .output_folder import first_free
 
 logger = logging.getLogger(__name__)
@@ -158,6 +168,7 @@ class GlueRun:
         endings = [self.own_data.task.name] if self.own_data else []
         endings += [Path(glue.metric).stem] if glue.metric else []
         self.output_dir = output_folder(encoder, args.output_dir, endings)
+        self._check_output_dir(endings)
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
         # What is wrong with the last task shall be known before the first is trained.
         # Once: a file that changes while the run goes on is other data than what was read.
@@ -176,6 +187,14 @@ class GlueRun:
         self.log.lines = broadcast_object_list([self.log.lines])[0]
         self._encoded: tuple[str, EncodedTask] | None = None
         self._choose_precision(args)
+
+    def _check_output_dir(self, endings: Sequence[str]) -> None:
+        """Scores in a model's folder count as that model's, and are pushed with it."""
+        is_own = self.output_dir.resolve() == Path(self.encoder.model_name_or_path).resolve()
+        if (self.output_dir / "config.json").is_file() and (not is_own or endings or self.encoder.from_scratch):
+            raise GlueError(
+                f"output_dir: {self.output_dir} holds a model, and these would not be the scores of it: choose another folder"
+            )
 
     @property
     def model_name(self) -> str:
@@ -199,13 +218,14 @@ class GlueRun:
 
     def _choose_precision(self, args: FineTuningArguments) -> None:
         """Decide `args.bf16` where it is open: as in an earlier run of this encoder, else by measuring."""
-        bf16 = bool(args.bf16)
-        if args.bf16 is None and not args.fp16:
+        args.fp16 = args.fp16 or args.mixed_precision == "fp16"  # of the launcher
+        bf16 = bool(args.bf16) or args.mixed_precision == "bf16"
+        if args.bf16 is None and not bf16 and not args.fp16:
             earlier = self.log.find(encoder_id=self.encoder_id)
             task = self.encoded(self.tasks[0])
             decision = (
                 earlier["setting"]["bf16"]
-                if earlier
+                if earlier and not earlier["setting"]["fp16"]
                 else FineTuner(self.encoder, args, self.tokenizer).prefers_bf16(task)
             )
             bf16 = broadcast_object_list([decision])[0]
@@ -342,14 +362,14 @@ class GlueRun:
             )
         )
         if len(grid) == 1:
-            return args
+            return args.with_setting(*grid[0])
+        if glue.metric is not None or all(task.name in TASKS and task.name not in COLUMNS for task in self.tasks):
+            raise GlueError("A search needs a task that enters the average, and its own metric")
         seeds = parse_seeds("search_seeds", glue.search_seeds)
         tried = []
         for number, (learning_rate, batch_size, epochs) in enumerate(grid):
             candidate = args.with_setting(learning_rate, batch_size, epochs)
             average = self.run(candidate, seeds, f"setting {number + 1}/{len(grid)}, ")["average"]
-            if average is None:
-                raise GlueError("A search needs a task that enters the average, and its own metric")
             tried.append((average, candidate))
             logger.info(
                 "learning rate %g, batch size %d, %g epochs: average %.2f", learning_rate, batch_size, epochs, average
@@ -397,7 +417,10 @@ class GlueRun:
         folder = self.shared_folder
         if folder is None or self.own_data is not None:
             return
-        update_model_card(folder, results)
-        if folder.resolve() != self.output_dir.resolve():
-            for name in (RESULTS_NAME, CHART_NAME):
-                shutil.copyfile(self.output_dir / name, folder / name)
+        try:
+            update_model_card(folder, results)
+            if folder.resolve() != self.output_dir.resolve():
+                for name in (RESULTS_NAME, CHART_NAME):
+                    shutil.copyfile(self.output_dir / name, folder / name)
+        except (OSError, ModelCardError) as error:
+            logger.warning("The results are in %s, but not in the folder of their model: %s", self.output_dir, error)

@@ -476,7 +476,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         )
 
 
-class CrammedBertClassificationHead(nn.Module):
+class CrammedBertPooler(nn.Module):
     """Dense layer, activation and dropout before a classifier (paper: H -> 1024, tanh)."""
 
     def __init__(self, config: CrammedBertConfig):
@@ -541,7 +541,7 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = CrammedBertModel(config)
-        self.head = CrammedBertClassificationHead(config)
+        self.pooler = CrammedBertPooler(config)
         self.classifier = CrammedBertClassifier(config.classifier_hidden_size, config.num_labels)
         self.post_init()
 
@@ -570,7 +570,7 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
             **kwargs,
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, token_type_ids, self.config.classifier_pooling)
-        logits = self.classifier(self.head(pooled))  # (B, num_labels)
+        logits = self.classifier(self.pooler(pooled))  # (B, num_labels)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -688,7 +688,7 @@ class CrammedBertForMultipleChoice(CrammedBertPreTrainedModel):
     def __init__(self, config: CrammedBertConfig):
         super().__init__(config)
         self.model = CrammedBertModel(config)
-        self.head = CrammedBertClassificationHead(config)
+        self.pooler = CrammedBertPooler(config)
         self.classifier = CrammedBertClassifier(config.classifier_hidden_size, 1)
         self.post_init()
 
@@ -721,7 +721,7 @@ class CrammedBertForMultipleChoice(CrammedBertPreTrainedModel):
             **kwargs,
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, token_type_ids, self.config.classifier_pooling)
-        logits = self.classifier(self.head(pooled)).view(-1, num_choices)  # (B, choices)
+        logits = self.classifier(self.pooler(pooled)).view(-1, num_choices)  # (B, choices)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits, labels)

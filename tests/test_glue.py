@@ -15,19 +15,20 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, SHARED, VOCAB_SIZE
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, pipeline
 
 import run_glue
-from hf_cram import CrammedBertForMaskedLM
-from hf_cram.classifier import fingerprint, set_dropout
+from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
+from hf_cram.classifier import build_classifier, fingerprint, set_dropout
 from hf_cram.fine_tuning import parameter_groups
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
 from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics
-from hf_cram.glue_data import load_own_task
+from hf_cram.glue_data import load_glue_task, load_own_task
 from hf_cram.glue_outputs import submission_lines
-from hf_cram.glue_run import parse_seeds
+from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
 from hf_cram.paper_results import PAPER_GLUE_ROWS
 from hf_cram.report import load_run, markdown_table
 
@@ -235,12 +236,93 @@ def test_the_search_picks_one_setting_for_all_tasks(monkeypatch, glue_data, mode
     assert len(lines) == 4 * 2 + 2  # the second seed of both tasks; the first was run in the search
 
 
+def test_a_search_of_one_setting_trains_with_it(monkeypatch, glue_data, model_folder, tmp_path):
+    arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
+    run(monkeypatch, *arguments, "--search_learning_rate", "8e-5", "--search_batch_size", "4")
+    setting = results_of(tmp_path / "out")["setting"]
+    assert (setting["learning_rate"], setting["per_device_train_batch_size"]) == (8e-5, 4)
+    assert setting["num_train_epochs"] == 3
+
+
+def test_a_search_without_an_average_is_refused_before_training(monkeypatch, glue_data, model_folder, tmp_path):
+    arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
+    with pytest.raises(GlueError, match="a task that enters the average"):
+        run(monkeypatch, *arguments, "--search_learning_rate", "8e-5", "1e-4")
+    assert not (tmp_path / "out" / "glue_runs.jsonl").exists()
+
+
+def test_the_head_of_another_task_is_not_started_from(model_folder, glue_data, tiny_config, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    trained = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2)
+    trained.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    data = load_glue_task(TASKS["sst2"], str(glue_data))
+    torch.manual_seed(1)
+    weights = build_classifier(EncoderArguments(str(tmp_path / "classifier")), data).state_dict()
+    same = {name for name, tensor in trained.state_dict().items() if torch.equal(tensor, weights[name])}
+    assert {name for name in weights if name.startswith("model.")} == {
+        name for name in same if name.startswith("model.")
+    }
+    assert not same & {"pooler.dense.weight", "classifier.weight"}
+
+
+def test_the_prediction_head_is_no_part_of_a_classifier(glue_data, tokenizer, tmp_path):
+    config = CrammedBertConfig.original_bert(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        classifier_hidden_size=32,
+    )  # fmt: skip
+    pretrained = CrammedBertForMaskedLM(config)
+    pretrained.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    classifier = build_classifier(EncoderArguments(str(tmp_path)), load_glue_task(TASKS["sst2"], str(glue_data)))
+    assert pretrained.head.dense.weight.shape == classifier.pooler.dense.weight.shape
+    assert not torch.equal(pretrained.head.dense.weight, classifier.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("told", ["bf16", "fp16"])
+def test_the_launchers_precision_counts_as_told(monkeypatch, glue_data, model_folder, tmp_path, told):
+    monkeypatch.setattr("hf_cram.fine_tuning.bf16_trains_faster", lambda model, batch: pytest.fail("measured"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    args = FineTuningArguments(str(tmp_path / "out"), report_to="none")
+    glue = GlueArguments(tasks="wnli", glue_data=str(glue_data))
+    GlueRun(EncoderArguments(str(model_folder)), glue, args)
+    assert (args.bf16, args.fp16, args.mixed_precision) == (told == "bf16", told == "fp16", told)
+
+
+def test_results_stand_though_the_models_card_cannot_be_read(
+    monkeypatch, capsys, caplog, glue_data, model_folder, tmp_path
+):
+    (model_folder / "README.md").write_text("---\nlanguage: [en\n---\n")
+    run(monkeypatch, *fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1")
+    assert "WNLI" in capsys.readouterr().out
+    assert results_of(tmp_path / "out")["tasks"]["wnli"]
+    assert "but not in the folder of their model: the front matter of" in caplog.text
+
+
+def test_a_regressions_gradient_is_that_of_the_step_however_it_is_cut(monkeypatch, glue_data, model_folder, tmp_path):
+    """Else clipping would see a norm that grows with the micro-batches."""
+    norms = []
+    clip = Accelerator.clip_grad_norm_
+
+    def recorded(self, *args, **kwargs):
+        norms.append(float(clip(self, *args, **kwargs)))
+        return torch.tensor(norms[-1])
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", recorded)
+    for size, micro_batches in ((16, 1), (4, 4)):
+        arguments = fast_arguments(model_folder, glue_data, tmp_path / str(size))
+        more = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", micro_batches]
+        more += ["--tasks", "stsb", "--seeds", "1", "--max_steps", "1", "--train_sampling_strategy", "sequential"]
+        run(monkeypatch, *arguments, *more)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def test_both_texts_of_a_pair_can_be_pooled_apart(monkeypatch, glue_data, model_folder, tmp_path):
     out = tmp_path / "out"
     arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST]
     run(monkeypatch, *arguments, "--tasks", "stsb", "--seeds", "1", "--pooling", "segments", "--save_models", "true")
     model = AutoModelForSequenceClassification.from_pretrained(out / "stsb")
-    assert model.head.dense.in_features == 4 * model.config.hidden_size
+    assert model.pooler.dense.in_features == 4 * model.config.hidden_size
     with pytest.raises(GlueError, match="pooling: crammed_bert has no 'max'"):
         run(monkeypatch, *arguments, "--tasks", "stsb", "--seeds", "1", "--pooling", "max")
 
@@ -506,6 +588,32 @@ def test_a_label_column_beside_the_one_that_is_named(tmp_path):
     assert load_own_task(*paths, label_column="stars", regression=True).is_regression
 
 
+def test_classes_and_texts_called_none_or_na(tmp_path):
+    columns = {"text": ["NA", "null", "a", "b"], "stance": ["None", "Favor", "n/a", "Favor"]}
+    datasets.Dataset.from_dict(columns).to_csv(tmp_path / "train.csv")
+    data = load_own_task(*[str(tmp_path / "train.csv")] * 2, label_column="stance")
+    assert data.task.label_names == ("Favor", "None", "n/a")
+    assert list(data.train["text"]) == columns["text"]
+
+
+def test_classes_go_by_name_where_files_are_typed_otherwise(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": ["1", "2", "x"]}).to_csv(tmp_path / "train.csv")
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [2, 1]}).to_csv(tmp_path / "dev.csv")
+    data = load_own_task(str(tmp_path / "train.csv"), str(tmp_path / "dev.csv"))
+    assert list(data.validation["train"]["label"]) == [1, 0]
+
+
+@pytest.mark.parametrize("option", ["--from_scratch", "--model_name_or_path"])
+def test_scores_do_not_go_into_the_folder_of_a_model_that_has_not_made_them(
+    monkeypatch, glue_data, model_folder, option
+):
+    other = shutil.copytree(model_folder, model_folder.with_name("other"))
+    value = {"--from_scratch": "true", "--model_name_or_path": other}[option]
+    arguments = ["--model_name_or_path", model_folder, "--output_dir", model_folder, "--glue_data", glue_data]
+    with pytest.raises(GlueError, match="model holds a model, and these would not be the scores of it"):
+        run(monkeypatch, *arguments, option, value)
+
+
 @pytest.mark.parametrize("name", ["absent.csv", "notes.txt", "broken.csv", "broken.parquet", "empty.csv"])
 def test_own_files_that_cannot_be_read(tmp_path, name):
     if name != "absent.csv":
@@ -599,6 +707,8 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--gradient_accumulation_steps", "0", "gradient_accumulation_steps must be at least 1, got 0"),
         ("--deepspeed", "ds.json", "'deepspeed>="),
         ("--optim", "adafactor", "leave out optim"),
+        ("--seed", "7", "seed is chosen by seeds: leave it out, and name one seed as '7,'"),
+        ("--resume_from_checkpoint", "true", "an interrupted run goes on by itself"),
         ("--seeds", "five", "seeds must be a number of seeds"),
         ("--search_seeds", "five", "search_seeds must be a number of seeds"),
         ("--validation_file", "dev.csv", "validation_file belongs to data of your own: name a train_file"),
@@ -775,7 +885,7 @@ def test_learning_rates_by_depth(tiny_config, tmp_path):
     }
     assert set(rates) == set(names.values())
     assert rates["classifier.weight"] == (4e-3, 0.01)
-    assert rates["head.dense.bias"] == (4e-3, 0.0)
+    assert rates["pooler.dense.bias"] == (4e-3, 0.0)
     assert rates["model.final_norm.weight"] == (1e-3, 0.0)
     assert rates["model.layers.1.mlp.dense_in.weight"] == (1e-3, 0.01)
     assert rates["model.layers.0.mlp.dense_in.weight"] == (0.5e-3, 0.01)

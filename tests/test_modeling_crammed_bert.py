@@ -513,13 +513,13 @@ def test_segments_are_pooled_apart(tiny_config):
     states = model.model(input_ids, attention_mask=attention_mask).last_hidden_state
     for row, end in ((0, 10), (1, 8)):
         first, second = states[row, :6].mean(0), states[row, 6:end].mean(0)
-        expected = model.classifier(model.head(torch.cat([first, second, (first - second).abs(), first * second])))
+        expected = model.classifier(model.pooler(torch.cat([first, second, (first - second).abs(), first * second])))
         logits = model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits[row]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-6)
     # A single text has no second segment, which is nothing but zeros.
     first = model.model(input_ids[:1]).last_hidden_state[0].mean(0)
     zeros = torch.zeros_like(first)
-    expected = model.classifier(model.head(torch.cat([first, zeros, first.abs(), zeros])))
+    expected = model.classifier(model.pooler(torch.cat([first, zeros, first.abs(), zeros])))
     torch.testing.assert_close(model(input_ids[:1]).logits[0], expected, rtol=1e-4, atol=1e-6)
 
 
