@@ -3,7 +3,7 @@
 BOOKS = ../shared/data/classic_books.parquet
 GLUE_DATA = ../shared/data/glue
 
-.PHONY: install lint test test-slow test-gpu test-kill benchmark-data benchmark-throughput benchmark-memory benchmark-startup \
+.PHONY: install lint test test-slow test-gpu test-kill benchmark-data benchmark-deduplication benchmark-throughput benchmark-memory benchmark-startup \
 	benchmark-glue benchmark-minimal-pairs benchmark-speedrun quickstart glue
 
 install:
@@ -31,6 +31,10 @@ test-kill:
 
 benchmark-data:
 	python benchmarks/data_pipeline.py
+
+benchmark-deduplication:
+	python benchmarks/deduplication.py --copies 2
+	python benchmarks/deduplication.py --copies 11
 
 benchmark-memory:
 	python benchmarks/memory.py

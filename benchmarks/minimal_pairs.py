@@ -53,6 +53,7 @@ def word_order(draw: random.Random) -> tuple[str, str]:
     return f"The {adjective} {noun} {end}", f"The {noun} {adjective} {end}"
 
 
+MOST_PAIRS = 70_000  # in turn from each template, the smallest of which makes 18,000
 TEMPLATES = (subject_verb_agreement, determiner_noun_agreement, anaphor_agreement, word_order)
 
 
@@ -96,6 +97,8 @@ def main() -> None:
     )
     options = parser.parse_args()
 
+    if options.pairs > MOST_PAIRS:
+        parser.error(f"--pairs: the words make {MOST_PAIRS:,} different ones")
     pairs = build_pairs(options.pairs)
     words = statistics.mean(len(sentence.split()) for pair in pairs for sentence in pair[:2])
     rates = []

@@ -64,6 +64,8 @@ def build_model(arm: str, shape: dict):
         return CrammedBertForMaskedLM(CrammedBertConfig(**common))
     if arm == "bert":
         return BertForMaskedLM(BertConfig(**common))
+    # ModernBERT counts the gate apart: so its feed-forward block has the matrices of the crammed one.
+    common["intermediate_size"] = shape["ffn"] // 2
     special = {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
     return ModernBertForMaskedLM(ModernBertConfig(**common, **special, sparse_prediction=True))
 

@@ -11,6 +11,7 @@ whose kernels keep smaller masks than a CPU's and no attention weights.
 
 import contextlib
 import inspect
+import math
 import sys
 import weakref
 from collections import Counter
@@ -23,13 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
+from transformers.training_args import OptimizerNames
 
 from .data.collator import parse_phases
 from .data.pipeline import DataArguments
 from .optimization import MuonWithAdamW, muon_parameter_groups
 from .recipes import RecipeParser
 from .script_args import RECIPE_PARTS, MaskingArguments, planned_config
-from .training_args import CramTrainingArguments
+from .training_args import ADAMW_NAMES, CramTrainingArguments
 
 # What a process needs beside its tensors (the driver's context, the libraries' kernels and workspaces), and what the
 # allocator loses to fragmentation, as a share of the tensors.
@@ -282,14 +284,23 @@ class MemoryArguments:
         default_factory=lambda: [11.0, 16.0, 48.0, 80.0], metadata={"help": "Memories of GPUs in GB (2^30 bytes)."}
     )
 
+    def __post_init__(self) -> None:
+        for value in self.gpu_memory_gb:
+            if not 0 < value < math.inf:
+                raise ValueError(f"gpu_memory_gb must be numbers above 0, got {value}")
+
 
 def recipe_setup(
     data_args: DataArguments, masking_args: MaskingArguments, training_args: CramTrainingArguments
 ) -> TrainingSetup:
     """
     The setup of a recipe, at the largest of its mask rates. Where it leaves bf16 open, fp32 is taken: the larger of
-    the two.
+    the two. Raises `ValueError` for an optimiser whose states it does not know.
     """
+    if training_args.optim not in ADAMW_NAMES:
+        raise ValueError(
+            f"optim: the states of {OptimizerNames(training_args.optim).value} are not known here: leave it out"
+        )
     return TrainingSetup(
         max_seq_length=data_args.max_seq_length,
         mlm_probability=max(rate for _, rate in parse_phases(masking_args.mlm_probability)),
@@ -310,6 +321,8 @@ def main() -> None:
     parser = RecipeParser((*RECIPE_PARTS, CramTrainingArguments, MemoryArguments), prog="python -m hf_cram.memory")
     model_args, data_args, _, _, masking_args, _, training_args, memory_args = parser.parse(sys.argv[1:])
     setup, config = recipe_setup(data_args, masking_args, training_args), planned_config(model_args, data_args)
+    if training_args.attn_implementation == "eager":  # the only one that keeps the weights
+        config._attn_implementation = "eager"
     print(
         f"{config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}, rows of "
         f"{setup.max_seq_length} tokens, {setup.masked_tokens} masked, "

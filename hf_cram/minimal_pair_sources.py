@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data.errors import first_line
+from .data.errors import DataError, first_line
+from .data.hub_datasets import place_of, reading_errors
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def read_pairs(sources: Sequence[str], limit: int | None = None) -> list[Minimal
         for file in files:
             pairs += _first(_read_file(file), limit, str(file))
         if not files:
-            for name, rows in _hub_configurations(source):
+            for name, rows in _hub_configurations(str(path) if path.is_dir() else source):
                 pairs += _first(rows, limit, name)
     different = [pair for pair in pairs if pair.good != pair.bad]
     if len(different) < len(pairs):
@@ -108,13 +109,15 @@ def _hub_configurations(name: str) -> Iterator[tuple[str, Iterator[MinimalPair]]
     from datasets import get_dataset_config_names, load_dataset  # seconds of import that local files do not need
 
     try:
-        for configuration in get_dataset_config_names(name):
-            for split, rows in load_dataset(name, configuration).items():
+        for configuration in get_dataset_config_names(place_of(name)):
+            for split, rows in load_dataset(place_of(name), configuration).items():
                 place = f"{name}, {configuration}, {split}"
                 numbered = enumerate(rows, start=1)
                 yield place, (_to_pair(row, configuration, f"{place}, row {number}") for number, row in numbered)
-    except (OSError, RuntimeError, ValueError) as error:
+    except reading_errors() as error:
         if isinstance(error, MinimalPairsError):
             raise
-        cause = first_line(error)
+        if isinstance(error, DataError):
+            raise MinimalPairsError(str(error)) from error
+        cause = first_line(error.__cause__ or error)
         raise MinimalPairsError(f"data set {name!r} cannot be loaded: {cause}") from error

@@ -182,6 +182,26 @@ def test_command_prints_the_largest_micro_batch_of_a_recipe(tmp_path, monkeypatc
     assert 0 < small < large
 
 
+def test_command_heeds_attention_and_refuses_what_it_does_not_know(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "vocab_size: 512\nhidden_size: 32\nnum_hidden_layers: 1\nnum_attention_heads: 4\nintermediate_size: 64\n"
+        "output_dir: out\ntime_budget: 1h\nmax_seq_length: 128\nbf16: false\n"
+    )
+
+    def largest(*more):
+        monkeypatch.setattr(sys, "argv", ["memory", str(recipe), "--gpu_memory_gb", "1.25", *more])
+        memory.main()
+        return int(capsys.readouterr().out.split()[-1])
+
+    assert largest("--attn_implementation", "eager") < largest()  # keeps the weights of the attention
+    with pytest.raises(ValueError, match="optim: the states of sgd are not known here"):
+        largest("--optim", "sgd")
+    with pytest.raises(SystemExit):
+        largest("--gpu_memory_gb", "inf")
+    assert "gpu_memory_gb must be numbers above 0, got inf" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_measured_memory_is_within_15_percent_of_the_calculation(python_environment):
     command = [sys.executable, str(REPOSITORY / "benchmarks/memory.py"), "--cases", "small-64-accumulating"]

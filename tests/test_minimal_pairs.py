@@ -185,6 +185,14 @@ def test_pairs_that_cannot_be_read(tmp_path, content, message):
         read_pairs([str(file)])
 
 
+@pytest.mark.parametrize("name", ["README.md", "train.parquet"])
+def test_a_damaged_data_set_is_one_line(tmp_path, name):
+    (tmp_path / "train.parquet").write_bytes(b"no parquet")
+    (tmp_path / name).write_text("---\nconfigs: a: b\n---\n")
+    with pytest.raises(MinimalPairsError, match=f"data set '{tmp_path}' cannot be loaded: "):
+        read_pairs([str(tmp_path)])
+
+
 def test_pairs_of_equal_sentences_are_left_out_and_counted(tmp_path, caplog):
     rows = [{"sentence_good": "w1", "sentence_bad": bad} for bad in ("w2", "w1", "w1", "w3")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
