@@ -116,7 +116,7 @@ def train_and_save(
             trainer.pusher.clear()
         return 128 + trainer.interrupted_by
 
-    if trainer.was_used_up and holds_result(trainer.output_dir):
+    if trainer.was_used_up and holds_result(trainer.output_dir, trainer.state.global_step):
         # Its weights may be later than those of the last checkpoint, and others have written into its card.
         logger.warning("This run was finished: its result in %s stays as it is", trainer.output_dir)
     else:
@@ -129,10 +129,10 @@ def train_and_save(
     return 0
 
 
-def holds_result(folder: Path) -> bool:
-    """Whether a run has ended in `folder`; rank 0's answer counts."""
+def holds_result(folder: Path, step: int) -> bool:
+    """Whether a run has ended in `folder`, at `step` or later; rank 0's answer counts."""
     try:
-        held = "optimizer_steps" in read_json(folder / "all_results.json", "optimizer_steps")
+        held = read_json(folder / "all_results.json", "optimizer_steps")["optimizer_steps"] >= step
     except (OSError, ValueError):
         held = False
     return broadcast_object_list([held])[0]

@@ -130,7 +130,7 @@ class CramTrainer(Trainer):
 
     Raises [`CheckpointError`] where saving or resuming fails, [`NonFiniteError`] where the loss stays non-finite and
     [`~hardware.MicroBatchMemoryError`] where memory runs out; `interrupted_by` holds the signal after a run that
-    SIGTERM or SIGINT stopped. With `push_to_hub` checkpoints are pushed in the background, safe from what the Hub may
+    SIGTERM or SIGINT stopped, `was_used_up` says that a resumed run had no budget left for a step. With `push_to_hub` checkpoints are pushed in the background, safe from what the Hub may
     do; [`push_to_hub`] at the end pushes what was saved.
     """
 

@@ -121,6 +121,8 @@ def test_scores_of_earlier_weights_are_set_aside(finished, caplog):
 @pytest.mark.slow
 def test_a_finished_run_that_is_resumed_keeps_its_result(finished, text, tmp_path):
     """Its last checkpoint is of an earlier step, and others have written into its folder since."""
+    from run_mlm_cram import holds_result
+
     out = tmp_path / "out"
     shutil.copytree(finished[-1], out)
     (out / "glue_results.json").write_text("{}")
@@ -132,6 +134,11 @@ def test_a_finished_run_that_is_resumed_keeps_its_result(finished, text, tmp_pat
     assert "This run was finished: its result in" in result.stderr
     after = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert {name for name in before if after[name] != before[name]} <= {"clock.json", "loss_curve.png"}
+    # A result of fewer steps than the checkpoint's is that of an earlier, shorter run.
+    assert holds_result(out, RunState.load(last_checkpoint(out)).rows_seen // 8)
+    results = json.loads((out / "all_results.json").read_text())
+    assert not holds_result(out, results["optimizer_steps"] + 1)
+    assert not holds_result(out / "absent", 0)
 
 
 @pytest.mark.slow
