@@ -20,7 +20,7 @@ from hf_cram.glue_outputs import RESULTS_NAME, results_table
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
 from hf_cram.hardware import OUT_OF_MEMORY, is_out_of_memory
 from hf_cram.hub import HubTarget, push_or_warn
-from hf_cram.launching import end_with_launcher, leave_process_group, start_missing_processes, use_all_cores
+from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
 from hf_cram.recipes import RecipeParser
 
 logger = logging.getLogger("hf_cram")
@@ -74,7 +74,7 @@ if __name__ == "__main__":
         end_with_launcher()
         start_missing_processes()
         main()
-        leave_process_group()
+        end_process()
     except (*OUT_OF_MEMORY, OSError, ValueError) as error:
         sys.exit(f"run_glue.py: error: {explain(error)}")
     except RuntimeError as error:

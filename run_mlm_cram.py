@@ -34,7 +34,7 @@ from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.source_arguments import INSTALLED_DOCS
 from hf_cram.files import write_atomically
 from hf_cram.hardware import is_out_of_memory
-from hf_cram.launching import end_with_launcher, leave_process_group, start_missing_processes, use_all_cores
+from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.output_folder import set_aside
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
@@ -303,9 +303,7 @@ if __name__ == "__main__":
     try:
         end_with_launcher()
         start_missing_processes()
-        status = main()
-        leave_process_group()
-        sys.exit(status)
+        end_process(main())
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         foreseen = isinstance(error, CheckpointError | NonFiniteError | OSError | ValueError)
         if not foreseen and not is_out_of_memory(error):

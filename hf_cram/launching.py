@@ -1,11 +1,13 @@
 """What launchers leave to be done on a CPU: all the processes that were asked for, on all the cores."""
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
@@ -57,10 +59,17 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def leave_process_group() -> None:
-    """Leave the group of a data-parallel run at its end: a process that ends in the group can abort in its threads."""
+def end_process(status: int = 0) -> NoReturn:
+    """
+    End this process, whose work is done. One of a data-parallel run ends at once, behind its exit handlers: now and then the
+    threads of its group abort while they are torn down, left or not, and the launcher takes the run for failed.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def use_all_cores(environment: Mapping[str, str]) -> None:

@@ -1016,7 +1016,7 @@ import torch
 from conftest import Rows
 from test_trainer import make_trainer
 from hf_cram import CrammedBertConfig
-from hf_cram.launching import leave_process_group
+from hf_cram.launching import end_process
 from safetensors.torch import load_file
 config = CrammedBertConfig.from_pretrained(sys.argv[1])
 tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(sys.argv[1])
@@ -1029,7 +1029,7 @@ trainer.save_model()
 state = [trainer.state.global_step, trainer.run_state.rows_seen, trainer.optimizer.param_groups[0]["lr"]]
 total = sum(p.double().sum().item() for p in trainer.model.parameters())
 open(f"{out}.rank{trainer.args.process_index}", "w").write(repr((state, total)))
-leave_process_group()
+end_process()
 """
 
 
