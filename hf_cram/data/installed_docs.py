@@ -15,14 +15,11 @@ import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .errors import DataError
 from .workers import available_workers, worker_pool
 
 logger = logging.getLogger(__name__)
@@ -133,11 +130,13 @@ def read_installed_docs(search_paths: Sequence[str] | None = None, show_progress
     seen: set[bytes] = set()
     workers = available_workers(None)
     with (
-        worker_pool(workers) if workers > 1 else contextlib.nullcontext() as pool,
+        worker_pool(workers, "reads the installed documentation", "try again")
+        if workers > 1
+        else contextlib.nullcontext() as pool,
         tqdm(total=len(files), desc="reading documentation", unit="file", disable=not show_progress) as bar,
     ):
-        read = map(_paragraphs_of_files, tasks) if pool is None else _from_pool(pool, tasks)
-        for task, results in zip(tasks, read, strict=True):
+        read = map if pool is None else pool.map
+        for task, results in zip(tasks, read(_paragraphs_of_files, tasks), strict=True):
             bar.update(len(task))
             for paragraphs in results:
                 new = []
@@ -148,15 +147,6 @@ def read_installed_docs(search_paths: Sequence[str] | None = None, show_progress
                         new.append(paragraph)
                 if new:
                     yield "\n".join(new)
-
-
-def _from_pool(pool: ProcessPoolExecutor, tasks: Sequence[Sequence[tuple[str, Path]]]) -> Iterator[list[list[str]]]:
-    try:
-        yield from pool.map(_paragraphs_of_files, tasks)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that reads the installed documentation was killed, most often for want of memory: try again"
-        ) from error
 
 
 def _paragraphs_of_files(files: Sequence[tuple[str, Path]]) -> list[list[str]]:

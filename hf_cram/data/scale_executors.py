@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from .errors import DataError
 from .scale_arguments import ScaleArguments
 from .scale_plan import ScalePlan, choose_minhash_bands
 from .scale_steps import FilterAndTokenize, PrepareText, ReadDocuments, SpacedWords, WriteRows
-from .workers import available_workers, worker_pool
+from .workers import WorkerKilledError, available_workers, worker_pool
 
 ATTEMPTS = 3
 
@@ -80,11 +79,11 @@ class LocalExecutor(LocalPipelineExecutor):
     def _run_ranks(self, ranks: list[int]) -> bool:
         """Whether all came to their end, and no process was killed."""
         try:
-            with worker_pool(min(self.workers, len(ranks))) as pool:
+            with worker_pool(min(self.workers, len(ranks)), "runs tasks", "lower workers") as pool:
                 # Of each run the first task shows its log.
                 for future in as_completed([pool.submit(self._run_for_rank, rank, rank) for rank in ranks]):
                     future.result()
-        except BrokenProcessPool:
+        except WorkerKilledError:
             return False
         return True
 

@@ -6,7 +6,6 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -14,7 +13,6 @@ from typing import Protocol, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from .errors import DataError
 from .filtering import DocumentFilter, DroppedSamples, FilterArguments
 from .tokenization import NON_ASCII
 from .workers import worker_pool
@@ -222,18 +220,13 @@ def tokenize_batches(
     second = next(batches, None)
     if second is None:
         return
-    with _silent_tokenizers(), worker_pool(workers, _start_worker, settings) as pool:
+    way_out = "lower preprocessing_workers; what is finished is kept"
+    with _silent_tokenizers(), worker_pool(workers, "tokenizes", way_out, _start_worker, settings) as pool:
 
         def submit(batch: Batch) -> tuple[Batch, Future[TokenizedBatch]]:
             return batch, pool.submit(_tokenize_batch_in_worker, batch.documents)
 
-        try:
-            yield from _in_order(submit, second, batches, workers + BATCHES_WAITING)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that tokenizes was killed, most often for want of memory: lower preprocessing_workers; what "
-                "is finished is kept"
-            ) from error
+        yield from _in_order(submit, second, batches, workers + BATCHES_WAITING)
 
 
 def _in_order(

@@ -7,10 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from .errors import DataError
+
 SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class WorkerKilledError(DataError):
+    """A worker process was killed before its work was done."""
 
 
 def available_workers(asked_for: int | None) -> int:
@@ -24,11 +31,13 @@ def available_workers(asked_for: int | None) -> int:
 
 @contextmanager
 def worker_pool(
-    workers: int, initializer: Callable[..., None] | None = None, *arguments: Any
+    workers: int, does: str, way_out: str, initializer: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessPoolExecutor]:
     """
     Processes that start with `initializer(*arguments)`, and end with this one. Forked: a fresh interpreter would take
     seconds to import. What was submitted and is not begun at the end of the block is not done.
+
+    Raises [`WorkerKilledError`], which says what a process `does` and the way out, where one was killed.
     """
     pool = ProcessPoolExecutor(
         workers,
@@ -38,6 +47,10 @@ def worker_pool(
     )
     try:
         yield pool
+    except BrokenProcessPool as error:
+        raise WorkerKilledError(
+            f"a process that {does} was killed, most often for want of memory: {way_out}"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
