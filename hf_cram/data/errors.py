@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
+NAME_CHARACTERS = 60
+
 
 class DataError(ValueError):
     """The text cannot be used; the message names the file or data set, the cause and the way out."""
@@ -41,6 +43,17 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def cause(error: BaseException) -> str:
+    """What the system says of a failed operation, in one line, without the file's name."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def shortened(name: str) -> str:
+    """A name from elsewhere in one line of bounded length."""
+    line = " ".join(name.split())
+    return line if len(line) <= NAME_CHARACTERS else f"{line[:NAME_CHARACTERS]}..."
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -67,7 +67,7 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise DataError(f"push_corpus_to_hub: {str(error).splitlines()[0]}") from error
+        raise DataError(f"push_corpus_to_hub: {first_line(error)}") from error
 
 
 def publish_if_asked(corpus: "PreparedCorpus", arguments: PublishArguments, data_arguments: Any) -> str | None:

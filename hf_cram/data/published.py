@@ -19,7 +19,7 @@ from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with
 from .errors import DataError, first_line
 from .hub_datasets import fingerprint_folder, place_of, reading_errors
 from .packing import token_dtype
-from .text_files import progress_bar
+from .steps import progress_bar
 from .tokenization import load_tokenizer
 
 DESCRIPTION_NAME = "corpus.json"

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError, SkipReport, first_line
+from .input_files import expand_files
 from .pipeline import DataArguments, open_cache
 from .scale_shards import JoinedShards, sum_of_steps, task_seconds
 from .source_arguments import INSTALLED_DOCS, MixedSource
 from .sources import TextSource, check_stamps, stamps_of
 from .stages import RowsStage, TokenizerStage, TokensStage
 from .steps import StepRecord, read_steps
-from .text_files import expand_files, read_files
+from .text_files import read_files
 from .texts import NO_LIMIT, Place, Text, hash_of
 from .token_shards import TokenShards
 from .tokenizing import TokenizingSettings

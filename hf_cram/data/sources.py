@@ -16,10 +16,11 @@ from transformers.utils.logging import is_progress_bar_enabled
 from .cache import cached_entry, hash_of
 from .errors import DataError, SkipReport
 from .hub_datasets import count_rows, fingerprint_hub_dataset, list_folder, load_hub_dataset, read_hub_dataset
+from .input_files import expand_files, fingerprint_files, size_of_files
 from .installed_docs import fingerprint_installed, read_installed_docs
 from .mixing import MixedStream, mix_streams
 from .source_arguments import INSTALLED_DOCS, MixedSource, SourceArguments
-from .text_files import ReadProgress, expand_files, fingerprint_files, read_files, size_of_files
+from .text_files import ReadProgress, read_files
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 STEPS_NAME = "steps.json"
 SECONDS_BETWEEN_SAMPLES = 0.25
+SECONDS_WITHOUT_BAR = 2
 
 
 @dataclass
@@ -93,6 +94,14 @@ class StepBar:
             self.bar.reset()
         self.bar.total = total
         self.bar.update(count)
+
+
+def progress_bar(what: str, total: int | None, unit: str) -> tqdm:
+    """The bar of work that is no step of its own, shown where it takes longer than two seconds."""
+    return tqdm(
+        desc=what, total=total, unit=unit, unit_scale=True, delay=SECONDS_WITHOUT_BAR,
+        disable=not is_progress_bar_enabled(),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

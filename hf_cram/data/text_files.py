@@ -1,13 +1,10 @@
 """Documents of local files of every kind, in bounded memory; what is no usable text is left out and counted."""
 
 import csv
-import glob
-import hashlib
 import io
 import json
-import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,19 +12,14 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
-from tqdm import tqdm
-from transformers.utils.logging import is_progress_bar_enabled
 
 from .compression import decompressed
-from .errors import DataError, SkipReport, first_line, nearest
+from .errors import DataError, SkipReport, cause, nearest, shortened
+from .input_files import format_suffix
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-COMPRESSION_SUFFIXES = (".gz", ".zst")
 PARQUET_BATCH_ROWS = 64
 PROGRESS_DOCUMENTS = 16
-HASHED_BYTES = 1 << 20
-SECONDS_WITHOUT_BAR = 2
-NAMED_COLUMNS, COLUMN_CHARACTERS = 20, 60
+NAMED_COLUMNS = 20
 CSV_FIELD_CHARACTERS = 100_000_000  # beyond it quoting is broken, and the rest of the file can't be told apart
 PARQUET_BUFFER_BYTES = 1 << 20
 UTF8_BYTES_PER_CHARACTER = 4
@@ -47,120 +39,6 @@ class ReadProgress:
     def share(self) -> float | None:
         """0 to 1, `None` where the total is unknown."""
         return (self.before + self.position) / self.total if self.total else None
-
-
-def format_suffix(path: Path) -> str:
-    """`.jsonl` of `a.jsonl.gz`: the format without the compression, lower case."""
-    if compression_suffix(path):
-        path = path.with_suffix("")
-    return path.suffix.lower()
-
-
-def compression_suffix(path: Path) -> str:
-    """`.gz` of `a.jsonl.gz`, lower case; "" where the file is not compressed."""
-    suffix = path.suffix.lower()
-    return suffix if suffix in COMPRESSION_SUFFIXES else ""
-
-
-def expand_files(patterns: Iterable[str]) -> list[Path]:
-    """
-    Files named by paths, folders (all text files below, sorted) and globs, in the order given.
-
-    Raises [`DataError`] where a pattern names nothing, a folder or file cannot be looked at, or a file has an unknown
-    format.
-    """
-    files: dict[Path, Path] = {}  # each once, where it is named first
-    for pattern in patterns:
-        try:
-            for file in _expand(pattern):
-                files.setdefault(file.resolve(), file)
-        except (OSError, RuntimeError) as error:  # the latter for an unknown user's home and links in a circle
-            place = getattr(error, "filename", None) or pattern
-            raise DataError(f"{_short(str(place))}: cannot be read ({_cause(error)})") from error
-    for file in files.values():
-        if format_suffix(file) not in TEXT_SUFFIXES:
-            raise DataError(f"{file}: unknown format, name one of {', '.join(TEXT_SUFFIXES)} (also .gz, .zst)")
-    return list(files.values())
-
-
-def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in files_below(path) if format_suffix(p) in TEXT_SUFFIXES)
-        if not found:
-            raise DataError(f"{path}: the folder holds no text file ({', '.join(TEXT_SUFFIXES)}, also .gz, .zst)")
-    elif path.is_file():
-        found = [path]
-    else:
-        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-        if not found:
-            raise DataError(f"{pattern}: no such file or folder, and no file matches it")
-    return found
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """
-    The files below a folder, also by links to folders; links that lead nowhere among them. Raises `OSError` for a folder
-    that is closed.
-    """
-    yield from _files_below(folder, ())
-
-
-def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
-    real = os.path.realpath(folder)
-    if real in above:  # a link that leads back
-        return
-    with os.scandir(folder) as entries:  # globbing would pass over a closed folder in silence
-        paths = [Path(entry.path) for entry in entries]
-    for path in paths:
-        if path.is_dir():
-            yield from _files_below(path, (*above, real))
-        elif path.is_file() or path.is_symlink():
-            yield path
-
-
-def size_of_files(files: Iterable[Path]) -> int:
-    """Bytes of the files. Raises [`DataError`] where one cannot be looked at."""
-    total = 0
-    for file in files:
-        try:
-            total += file.stat().st_size
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({_cause(error)})") from error
-    return total
-
-
-def fingerprint_files(files: list[Path]) -> str:
-    """
-    Hash of the formats, compressions and contents of the files in order; where they lie and when they changed is left
-    out.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    with progress_bar("hashing files", size_of_files(files), "B") as bar:
-        for file in files:
-            try:
-                content = _hash_file(file, bar.update)
-            except OSError as error:
-                raise DataError(f"{file}: cannot be read ({_cause(error)})") from error
-            digest.update(f"{format_suffix(file)}{compression_suffix(file)}".encode() + content)
-    return digest.hexdigest()
-
-
-def _hash_file(file: Path, on_progress: Callable[[int], Any]) -> bytes:
-    digest = hashlib.blake2b(digest_size=32)
-    with open(file, "rb", buffering=0) as stream:
-        while content := stream.read(HASHED_BYTES):
-            digest.update(content)
-            on_progress(len(content))
-    return digest.digest()
-
-
-def progress_bar(what: str, total: int | None, unit: str) -> tqdm:
-    """The bar of work that is no step of its own, shown where it takes longer than two seconds."""
-    return tqdm(
-        desc=what, total=total, unit=unit, unit_scale=True, delay=SECONDS_WITHOUT_BAR,
-        disable=not is_progress_bar_enabled(),
-    )  # fmt: skip
 
 
 def read_files(
@@ -192,7 +70,7 @@ def read_files(
         except (
             EOFError, OSError, UnicodeDecodeError, pa.ArrowException, zlib.error, zstandard.ZstdError, csv.Error,
         ) as error:  # fmt: skip
-            raise DataError(f"{file}: cannot be read ({_cause(error)})") from error
+            raise DataError(f"{file}: cannot be read ({cause(error)})") from error
         if not good and skipped.counts:
             count = skipped.counts.total()
             raise DataError(f"{file}: none of its {count} documents can be used ({skipped.describe()})")
@@ -356,15 +234,5 @@ def missing_column(place: str, text_column: str, columns: Iterable[str]) -> Data
     """The error for a text column that is not there."""
     names = list(columns)
     hint = nearest(text_column, names)
-    told = ", ".join(map(_short, names[:NAMED_COLUMNS])) + (", ..." if len(names) > NAMED_COLUMNS else "")
+    told = ", ".join(map(shortened, names[:NAMED_COLUMNS])) + (", ..." if len(names) > NAMED_COLUMNS else "")
     return DataError(f"{place}: no column {text_column!r}{hint} (columns: {told}): set text_column")
-
-
-def _cause(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or first_line(error)
-
-
-def _short(name: str) -> str:
-    """A name from elsewhere in one line of bounded length."""
-    line = " ".join(name.split())
-    return line if len(line) <= COLUMN_CHARACTERS else f"{line[:COLUMN_CHARACTERS]}..."

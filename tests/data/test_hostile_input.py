@@ -19,9 +19,10 @@ from hf_cram.data import stages, tokenizing
 from hf_cram.data.cache import cached_entry, hash_of
 from hf_cram.data.errors import DataError, SkipReport
 from hf_cram.data.filtering import FilterArguments
+from hf_cram.data.input_files import expand_files
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 from hf_cram.data.sources import TextSource
-from hf_cram.data.text_files import expand_files, read_files
+from hf_cram.data.text_files import read_files
 from hf_cram.data.tokenization import train_tokenizer
 from hf_cram.data.tokenizing import (
     DocumentTokenizer,

@@ -16,13 +16,14 @@ import zstandard
 from conftest import REPOSITORY
 from datasets import IterableDataset
 
-from hf_cram.data import text_files
+from hf_cram.data import steps
 from hf_cram.data.errors import DataError, SkipReport
 from hf_cram.data.hub_datasets import fingerprint_folder, load_hub_dataset, read_hub_dataset
+from hf_cram.data.input_files import expand_files, fingerprint_files
 from hf_cram.data.pipeline import DataArguments
 from hf_cram.data.source_arguments import SourceArguments
 from hf_cram.data.sources import TextSource
-from hf_cram.data.text_files import expand_files, fingerprint_files, read_files
+from hf_cram.data.text_files import read_files
 from hf_cram.recipes import RecipeParser
 
 TEXT_RECIPES = sorted((REPOSITORY / "training_args" / "text").glob("*.yaml"))
@@ -194,7 +195,7 @@ def test_hashing_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_bytes(b"x" * 3_000_000)
     fingerprint_files([tmp_path / "a.txt"])
     assert "hashing" not in capsys.readouterr().err  # done at once
-    monkeypatch.setattr(text_files, "SECONDS_WITHOUT_BAR", 0)
+    monkeypatch.setattr(steps, "SECONDS_WITHOUT_BAR", 0)
     fingerprint_files([tmp_path / "a.txt"])
     assert re.search(r"hashing files: 100%.*3\.00M/3\.00M", capsys.readouterr().err)
 

@@ -1,0 +1,121 @@
+"""The files of a text: which there are, how large, and a hash of what they hold."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, cause, shortened
+from .steps import progress_bar
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+COMPRESSION_SUFFIXES = (".gz", ".zst")
+HASHED_BYTES = 1 << 20
+
+
+def format_suffix(path: Path) -> str:
+    """`.jsonl` of `a.jsonl.gz`: the format without the compression, lower case."""
+    if compression_suffix(path):
+        path = path.with_suffix("")
+    return path.suffix.lower()
+
+
+def compression_suffix(path: Path) -> str:
+    """`.gz` of `a.jsonl.gz`, lower case; "" where the file is not compressed."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSION_SUFFIXES else ""
+
+
+def expand_files(patterns: Iterable[str]) -> list[Path]:
+    """
+    Files named by paths, folders (all text files below, sorted) and globs, in the order given.
+
+    Raises [`DataError`] where a pattern names nothing, a folder or file cannot be looked at, or a file has an unknown
+    format.
+    """
+    files: dict[Path, Path] = {}  # each once, where it is named first
+    for pattern in patterns:
+        try:
+            for file in _expand(pattern):
+                files.setdefault(file.resolve(), file)
+        except (OSError, RuntimeError) as error:  # the latter for an unknown user's home and links in a circle
+            place = getattr(error, "filename", None) or pattern
+            raise DataError(f"{shortened(str(place))}: cannot be read ({cause(error)})") from error
+    for file in files.values():
+        if format_suffix(file) not in TEXT_SUFFIXES:
+            raise DataError(f"{file}: unknown format, name one of {', '.join(TEXT_SUFFIXES)} (also .gz, .zst)")
+    return list(files.values())
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in files_below(path) if format_suffix(p) in TEXT_SUFFIXES)
+        if not found:
+            raise DataError(f"{path}: the folder holds no text file ({', '.join(TEXT_SUFFIXES)}, also .gz, .zst)")
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        if not found:
+            raise DataError(f"{pattern}: no such file or folder, and no file matches it")
+    return found
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """
+    The files below a folder, also by links to folders; links that lead nowhere among them. Raises `OSError` for a folder
+    that is closed.
+    """
+    yield from _files_below(folder, ())
+
+
+def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads back
+        return
+    with os.scandir(folder) as entries:  # globbing would pass over a closed folder in silence
+        paths = [Path(entry.path) for entry in entries]
+    for path in paths:
+        if path.is_dir():
+            yield from _files_below(path, (*above, real))
+        elif path.is_file() or path.is_symlink():
+            yield path
+
+
+def size_of_files(files: Iterable[Path]) -> int:
+    """Bytes of the files. Raises [`DataError`] where one cannot be looked at."""
+    total = 0
+    for file in files:
+        try:
+            total += file.stat().st_size
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({cause(error)})") from error
+    return total
+
+
+def fingerprint_files(files: list[Path]) -> str:
+    """
+    Hash of the formats, compressions and contents of the files in order; where they lie and when they changed is left
+    out.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with progress_bar("hashing files", size_of_files(files), "B") as bar:
+        for file in files:
+            try:
+                content = _hash_file(file, bar.update)
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read ({cause(error)})") from error
+            digest.update(f"{format_suffix(file)}{compression_suffix(file)}".encode() + content)
+    return digest.hexdigest()
+
+
+def _hash_file(file: Path, on_progress: Callable[[int], Any]) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
+    with open(file, "rb", buffering=0) as stream:
+        while content := stream.read(HASHED_BYTES):
+            digest.update(content)
+            on_progress(len(content))
+    return digest.digest()
