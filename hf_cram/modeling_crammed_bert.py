@@ -145,7 +145,8 @@ class CrammedBertEmbeddings(nn.Module):
     ) -> torch.Tensor:
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, H)
         if self.position_embeddings is not None:
-            hidden_states = hidden_states + self.position_embeddings(position_ids)
+            # The sinusoids stay in fp32 where weights are loaded in less.
+            hidden_states = hidden_states + self.position_embeddings(position_ids).to(hidden_states.dtype)
         if self.token_type_embeddings is not None:
             if token_type_ids is None:
                 token_type_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
@@ -396,7 +397,7 @@ class CrammedBertPredictionHead(nn.Module):
         return self.norm(self.act(self.dense(hidden_states)))
 
 
-def masked_lm_loss(
+def cross_entropy_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
     """
@@ -406,7 +407,7 @@ def masked_lm_loss(
     """
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten().to(logits.device), reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
@@ -460,6 +461,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             output_positions=masked_positions if sparse else None,
+            return_dict=True,
             **kwargs,
         )
         if sparse:
@@ -467,7 +469,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         logits = self.decoder(self.head(outputs.last_hidden_state))  # (B, K, V) or (B, L, V)
         loss = None
         if labels is not None:
-            loss = masked_lm_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = cross_entropy_loss(logits, labels, kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
             loss=loss,
             logits=None if sparse else logits,
@@ -523,10 +525,10 @@ def pool(
     if classifier_pooling == "cls":
         return hidden_states[:, 0]
     ones = torch.ones_like(hidden_states[..., 0])  # (B, L)
-    kept = ones if attention_mask is None else attention_mask.to(ones.dtype)
+    kept = ones if attention_mask is None else attention_mask.to(ones)
     if classifier_pooling == "mean":
         return mean_of(hidden_states, kept)
-    is_second = torch.zeros_like(ones) if token_type_ids is None else token_type_ids.to(ones.dtype)
+    is_second = torch.zeros_like(ones) if token_type_ids is None else token_type_ids.to(ones)
     first, second = mean_of(hidden_states, kept * (1 - is_second)), mean_of(hidden_states, kept * is_second)
     return torch.cat((first, second, (first - second).abs(), first * second), dim=-1)
 
@@ -567,6 +569,7 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, token_type_ids, self.config.classifier_pooling)
@@ -574,6 +577,9 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * labels.numel() / num_items  # the library's loss is a mean over this micro-batch's alone
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -615,6 +621,7 @@ class CrammedBertForTokenClassification(CrammedBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (B, L, num_labels)
@@ -658,6 +665,7 @@ class CrammedBertForQuestionAnswering(CrammedBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))  # (B, L, 2)
@@ -718,13 +726,14 @@ class CrammedBertForMultipleChoice(CrammedBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=flatten_choices(position_ids),
             inputs_embeds=flatten_choices(inputs_embeds),
+            return_dict=True,
             **kwargs,
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, token_type_ids, self.config.classifier_pooling)
         logits = self.classifier(self.pooler(pooled)).view(-1, num_choices)  # (B, choices)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits, labels)
+            loss = cross_entropy_loss(logits, labels, kwargs.get("num_items_in_batch"))
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

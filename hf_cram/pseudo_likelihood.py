@@ -138,7 +138,9 @@ def _mask_each(
 def _logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits (B, V) at one position (B,) of each row of `input_ids` (B, L)."""
     if isinstance(model, CrammedBertForMaskedLM):
-        hidden_states = model.model(input_ids, output_positions=positions.unsqueeze(1)).last_hidden_state  # (B, 1, H)
+        hidden_states = model.model(
+            input_ids, output_positions=positions.unsqueeze(1), return_dict=True
+        ).last_hidden_state  # (B, 1, H)
         return model.decoder(model.head(hidden_states)).squeeze(1)
     rows = torch.arange(len(input_ids), device=input_ids.device)
 

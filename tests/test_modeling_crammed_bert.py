@@ -1,5 +1,6 @@
 """The model against a plain reference, its switches, its loading and its manners."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -291,6 +292,26 @@ def test_outputs_follow_the_library(tiny_config):
     assert torch.equal(model(inputs_embeds=embedded).logits, outputs.logits)
 
 
+@pytest.mark.parametrize("model_class", HEADS)
+def test_every_head_returns_tuples_where_its_configuration_says_so(tiny_config, model_class):
+    model = model_class(changed(tiny_config, return_dict=False)).eval()
+    outputs = model(**head_inputs(model_class))
+    assert isinstance(outputs, tuple)
+    assert torch.equal(outputs[0], model(**head_inputs(model_class), return_dict=True)[0])
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_weights_can_be_loaded_in_half_precision(tiny_config, tmp_path, kind):
+    CrammedBertForMaskedLM(changed(tiny_config, position_embedding_type=kind)).save_pretrained(tmp_path)
+    whole, half = (
+        AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    input_ids = masked_batch()[0]
+    logits = half(input_ids).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), whole(input_ids).logits, atol=0.05, rtol=0.05)
+
+
 def test_token_types_are_ignored_unless_configured(tiny_config):
     input_ids = masked_batch()[0]
     types = torch.ones_like(input_ids)
@@ -436,7 +457,7 @@ import torch
 from safetensors.torch import load_file
 import hf_cram
 
-for folder in map(Path, sys.argv[1:]):
+for folder in sorted(Path(sys.argv[1]).glob("*/*")):
     model = getattr(hf_cram, folder.name).from_pretrained(folder).eval()
     expected = load_file(folder / "expected.safetensors")
     outputs = model(expected["input_ids"])
@@ -447,24 +468,23 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-@pytest.mark.parametrize("kind", ["scaled_sinusoidal", "rotary"])
-def test_every_head_loads_bit_identically_in_a_fresh_process(tiny_config, tmp_path, kind, python_environment):
-    for model_class in HEADS:
-        folder = tmp_path / model_class.__name__
+def test_every_head_loads_bit_identically_in_a_fresh_process(tiny_config, tmp_path, python_environment):
+    kinds = ("scaled_sinusoidal", "rotary")
+    for kind, model_class in itertools.product(kinds, HEADS):
+        folder = tmp_path / kind / model_class.__name__
         model = model_class(changed(tiny_config, position_embedding_type=kind)).eval()
         model.save_pretrained(folder)
         inputs = head_inputs(model_class)
         outputs = {str(index): value.contiguous() for index, value in enumerate(model(**inputs).values())}
         save_file({**outputs, **inputs}, folder / "expected.safetensors")
-    folders = [str(tmp_path / model_class.__name__) for model_class in HEADS]
     result = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_COMPARE, *folders],
+        [sys.executable, "-c", LOAD_AND_COMPARE, str(tmp_path)],
         capture_output=True,
         text=True,
         env=python_environment,
         check=False,
     )
-    assert result.stdout.split() == ["equal"] * len(HEADS), result.stderr
+    assert result.stdout.split() == ["equal"] * len(kinds) * len(HEADS), result.stderr
 
 
 def test_auto_classes_know_the_model(tiny_config, tmp_path):
@@ -501,6 +521,24 @@ def test_fine_tuning_heads_give_losses(tiny_config):
     logits = regression.eval()(input_ids=input_ids).logits
     loss = regression(input_ids=input_ids, labels=values).loss
     torch.testing.assert_close(loss, ((logits[:, 0] - values) ** 2).mean())
+
+
+@pytest.mark.parametrize("kind", ["choice", "class", "classes", "value"])
+def test_losses_of_parts_of_a_batch_add_up_to_its_mean(tiny_config, kind):
+    """As the Trainer's accumulated steps need it, which give every part the number of all items."""
+    torch.manual_seed(0)
+    input_ids = torch.randint(5, VOCAB_SIZE, (6, 16))
+    labels = {"choice": torch.tensor([0, 1, 1]), "class": torch.tensor([0, 1, 2, 0, 1, 2]),
+              "classes": torch.rand(6, 3).round(), "value": torch.rand(6)}[kind]  # fmt: skip
+    model_class = CrammedBertForMultipleChoice if kind == "choice" else CrammedBertForSequenceClassification
+    model = model_class(changed(tiny_config, num_labels=1 if kind == "value" else 3)).eval()
+    inputs = input_ids.view(3, 2, 16) if kind == "choice" else input_ids
+    whole = model(inputs, labels=labels).loss
+    parts = [
+        model(inputs[part], labels=labels[part], num_items_in_batch=labels.numel()).loss
+        for part in (slice(0, 1), slice(1, None))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
 
 
 def test_segments_are_pooled_apart(tiny_config):
