@@ -40,8 +40,6 @@ class EncoderArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.pooling == "none":
-            self.pooling = None
         if self.max_seq_length < 8:
             raise ValueError(f"max_seq_length must be at least 8 tokens, got {self.max_seq_length}")
 
@@ -129,8 +127,8 @@ class FineTuningArguments(OpenPrecisionArguments):
             "learning_rate", "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
             "weight_decay", "layer_lr_decay", "head_lr_multiplier", "embedding_lr_multiplier", "adam_beta1",
             "adam_beta2", "adam_epsilon", "max_grad_norm", "max_steps", "bf16", "fp16",
-            "gradient_accumulation_steps", "label_smoothing_factor", "lr_scheduler_kwargs", "train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha",
-            "train_batch_size",
+            "gradient_accumulation_steps", "label_smoothing_factor", "lr_scheduler_kwargs", "train_sampling_strategy",
+            "dataloader_drop_last", "neftune_noise_alpha", "train_batch_size",
         )  # fmt: skip
         setting = {name: getattr(self, name) for name in names}
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)

@@ -229,8 +229,10 @@ class PlanArguments:
         return measured_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def main(arguments: Sequence[str]) -> None:
-    (args,) = RecipeParser((PlanArguments,), prog="python -m hf_cram.plan").parse(arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the plan, and write its recipe where asked to."""
+    parser = RecipeParser((PlanArguments,), prog="python -m hf_cram.plan")
+    (args,) = parser.parse(sys.argv[1:] if arguments is None else arguments)
     plan, candidates = plan_training(args.time_budget, args.machine(), args.max_seq_length)
     recipe = yaml.safe_dump(plan.recipe(args.time_budget), sort_keys=False)
     print(f"{describe(plan, candidates, args.time_budget)}\n\n{recipe}", end="")
@@ -245,6 +247,6 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except (ValueError, OSError) as error:
         sys.exit(f"python -m hf_cram.plan: error: {error}")

@@ -53,12 +53,12 @@ ModelArguments = make_dataclass(
 ModelArguments.__doc__ = "Every field of [`CrammedBertConfig`] but those that follow from the tokenizer."
 
 
-def _number_or_none(number: type) -> Callable[[str], Any]:
-    """The conversion of an optional number: `none` on the command line is what null is in a recipe."""
+def _value_or_none(kind: type) -> Callable[[str], Any]:
+    """The conversion of an optional value: `none` on the command line is what null is in a recipe."""
 
-    @wraps(number, updated=())
+    @wraps(kind, updated=())
     def convert(text: str) -> Any:
-        return None if text.lower() == "none" else number(text)
+        return None if text.lower() == "none" else kind(text)
 
     return convert
 
@@ -95,8 +95,11 @@ class RecipeParser(HfArgumentParser):
         }
 
         for action in self._actions:
-            if action.type in (int, float) and NoneType in get_args(hints.get(action.dest)):
-                action.type = _number_or_none(action.type)
+            kinds = set(get_args(hints.get(action.dest)))
+            # Not where another kind is optional too: `none` means something to report_to.
+            is_plain = action.type in (int, float) or kinds == {str, NoneType}
+            if NoneType in kinds and is_plain and isinstance(action.type, type):
+                action.type = _value_or_none(action.type)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

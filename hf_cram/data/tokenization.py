@@ -2,7 +2,7 @@
 
 import logging
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -24,6 +24,8 @@ NON_ASCII = r"[^\x00-\x7f]"
 WORD_CHARACTERS = string.ascii_lowercase + string.digits
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(WORD_CHARACTERS) * 2 + len(string.punctuation)
 SMALLEST_ALPHABET = 3  # ordinary tokens of a tokenizer that can read anything
+JUDGED_LETTERS, CHARACTERS_OF_A_DOCUMENT = 200_000, 10_000
+LOST_LETTERS_TOLD, LOST_LETTERS_REFUSED = 0.01, 0.5
 
 
 def _untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
@@ -51,7 +53,8 @@ def train_tokenizer(
     A WordPiece tokenizer of `vocab_size` tokens (fewer, with a warning, where the text has fewer) trained on documents.
 
     The same documents give the same vocabulary. Special tokens are `[PAD]` 0, `[UNK]` 1, `[CLS]` 2, `[SEP]` 3,
-    `[MASK]` 4; sequences and pairs are wrapped as BERT's.
+    `[MASK]` 4; sequences and pairs are wrapped as BERT's. Letters beyond ASCII are left out (accents only are taken
+    off): a text that would lose some gets a warning, and [`DataError`] is raised for one that would lose most.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(f"vocab_size must be at least {SMALLEST_VOCABULARY} (special tokens, letters, digits, signs)")
@@ -66,7 +69,7 @@ def train_tokenizer(
         continuing_subword_prefix=CONTINUATION,
         show_progress=show_progress,
     )
-    trained.train_from_iterator(documents, trainer)
+    trained.train_from_iterator(_with_letters_judged(documents, trained.normalizer.normalize_str), trainer)
     vocabulary = trained.get_vocab()
     if len(vocabulary) < vocab_size:
         logger.warning("The text gives a vocabulary of %d tokens, fewer than %d", len(vocabulary), vocab_size)
@@ -83,6 +86,36 @@ def train_tokenizer(
         model_input_names=["input_ids", "attention_mask"],
         **SPECIAL_TOKENS,
     )
+
+
+def _with_letters_judged(documents: Iterable[str], normalize: Callable[[str], str]) -> Iterator[str]:
+    """Pass the documents on, and tell what the first of them lose of their letters."""
+    letters = kept = 0
+    is_judged = False
+    for document in documents:
+        if not is_judged:
+            text = document[:CHARACTERS_OF_A_DOCUMENT]
+            letters += _count_letters(text)
+            kept += _count_letters(normalize(text))
+            if letters >= JUDGED_LETTERS:
+                _judge_letters(letters, kept)
+                is_judged = True
+        yield document
+    if not is_judged:
+        _judge_letters(letters, kept)
+
+
+def _count_letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
+
+
+def _judge_letters(letters: int, kept: int) -> None:
+    lost = 1 - kept / max(letters, 1)
+    told = f"{lost:.0%} of the text's letters are not ASCII, and a tokenizer trained here leaves them out"
+    if lost > LOST_LETTERS_REFUSED:
+        raise DataError(f"{told}: name an existing one with tokenizer_name")
+    if lost > LOST_LETTERS_TOLD:
+        logger.warning("%s; tokenizer_name names an existing one", told)
 
 
 def read_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

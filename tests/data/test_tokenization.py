@@ -37,7 +37,7 @@ def test_size_and_special_tokens(trained):
     assert trained.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
     assert trained.decode(trained("the fox", "the dog")["input_ids"]) == "[CLS] the fox [SEP] the dog [SEP]"
     assert "[MASK]" in trained.tokenize("the [MASK] fox")
-    assert trained.all_special_ids == [1, 3, 0, 2, 4] or sorted(trained.all_special_ids) == [0, 1, 2, 3, 4]
+    assert sorted(trained.all_special_ids) == [0, 1, 2, 3, 4]
 
 
 def test_a_text_too_small_for_the_vocabulary_warns(caplog):
@@ -47,42 +47,44 @@ def test_a_text_too_small_for_the_vocabulary_warns(caplog):
     assert "[UNK]" not in small.tokenize("completely different words 123 #!?")
 
 
+@pytest.mark.parametrize("times", [1, 10_000])
+def test_letters_that_are_lost_are_told(caplog, times):
+    with pytest.raises(DataError, match="^100% of the text's letters are not ASCII, .*tokenizer_name"):
+        train_tokenizer(["Привет, мир 2024!"] * times, 160, show_progress=False)
+    train_tokenizer(["Straße und Größe"] * times, 160, show_progress=False)
+    assert "14% of the text's letters are not ASCII" in caplog.text
+    caplog.clear()
+    train_tokenizer(["El niño comió después"] * times, 160, show_progress=False)
+    assert "ASCII" not in caplog.text
+
+
 def test_a_vocabulary_below_the_alphabet_is_refused():
     with pytest.raises(DataError, match=str(SMALLEST_VOCABULARY)):
         train_tokenizer(TEXT, 50)
 
 
-def test_training_is_deterministic_across_processes(tmp_path, python_environment):
-    (tmp_path / "text.json").write_text(json.dumps(TEXT))
-    script = (
-        "import json, sys\nfrom hf_cram.data.tokenization import train_tokenizer\n"
-        "t = train_tokenizer(json.load(open(sys.argv[1])), 160, show_progress=False)\n"
-        "print(json.dumps(sorted(t.get_vocab().items(), key=lambda item: item[1])))"
-    )
-    outputs = set()
-    for _ in range(2):
-        result = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "text.json")],
-            capture_output=True, text=True, check=True, env={**python_environment, "TOKENIZERS_PARALLELISM": "true"},
-        )  # fmt: skip
-        outputs.add(result.stdout)
-    here = train_tokenizer(TEXT, 160, show_progress=False)
-    outputs.add(json.dumps(sorted(here.get_vocab().items(), key=lambda item: item[1])) + "\n")
-    assert len(outputs) == 1
+IN_ANOTHER_PROCESS = """
+import json, sys
+from transformers import AutoTokenizer
+loaded = AutoTokenizer.from_pretrained(sys.argv[1])
+assert "hf_cram" not in sys.modules
+from hf_cram.data.tokenization import train_tokenizer
+trained = train_tokenizer(json.loads(sys.argv[2]), 160, show_progress=False)
+print(json.dumps([loaded(sys.argv[3])["input_ids"], trained.get_vocab()]))
+"""
 
 
-def test_loads_with_plain_auto_tokenizer_without_the_package(trained, tmp_path, python_environment):
+def test_another_process_loads_it_without_the_package_and_trains_the_same(trained, tmp_path, python_environment):
     trained.save_pretrained(tmp_path)
-    script = (
-        "import sys\nfrom transformers import AutoTokenizer\nt = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "assert 'hf_cram' not in sys.modules\nprint(t(sys.argv[2])['input_ids'])"
-    )
     text = "The unbelievable tokenizer [MASK] said: José!"
     result = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), text],
-        capture_output=True, text=True, check=True, env=python_environment,
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path), json.dumps(TEXT), text],
+        capture_output=True, text=True, check=True,
+        env={**python_environment, "TOKENIZERS_PARALLELISM": "true", "PYTHONHASHSEED": "5"},
     )  # fmt: skip
-    assert json.loads(result.stdout) == trained(text)["input_ids"]
+    input_ids, vocabulary = json.loads(result.stdout)
+    assert input_ids == trained(text)["input_ids"]
+    assert vocabulary == trained.get_vocab()
 
 
 def test_existing_tokenizers(trained, tokenizer, tmp_path):
