@@ -53,7 +53,7 @@ def push(run: GlueRun, training_args: FineTuningArguments) -> None:
     if folder is None:
         logger.warning("Nothing is pushed: the results in %s belong to no model of a local folder", run.output_dir)
         return
-    model_id = training_args.hub_model_id or folder.resolve().name
+    model_id = training_args.hub_model_id or run.shared_name
     target = HubTarget(model_id, training_args.hub_private_repo, training_args.hub_revision)
     push_or_warn(folder, target, "Add GLUE results" if run.own_data is None else "Fine-tuned model")
 

@@ -67,17 +67,18 @@ def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:
 
 def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:
     """
-    The checkpoint's tokenizer, which tells the texts of a pair apart (`token_type_ids`) where the classifier's pooling
-    does. Raises [`GlueError`] where there is none.
+    The checkpoint's tokenizer, which tells the texts of a pair apart (`token_type_ids`) where the model does: in its
+    embeddings, or in the classifier's pooling. Raises [`GlueError`] where there is none.
     """
-    pooling = getattr(load_config(encoder), "classifier_pooling", None)
+    config = load_config(encoder).to_dict()
+    has_segments = config.get("classifier_pooling") == "segments" or (config.get("type_vocab_size") or 0) > 1
     try:
         tokenizer = read_tokenizer(encoder.model_name_or_path, encoder.trust_remote_code)
     except DataError as error:
         raise GlueError(f"model_name_or_path: {error}") from error
     if tokenizer.pad_token is None:
         raise GlueError(f"model_name_or_path: the tokenizer of {encoder.model_name_or_path} has no pad_token: set one")
-    if pooling == "segments" and "token_type_ids" not in tokenizer.model_input_names:
+    if has_segments and "token_type_ids" not in tokenizer.model_input_names:
         tokenizer.model_input_names = [*tokenizer.model_input_names, "token_type_ids"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # so that it is saved with the model
     return tokenizer

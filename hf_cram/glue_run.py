@@ -1,7 +1,6 @@
 """Run GLUE: every task with every seed, by one setting, going on where an earlier run was stopped."""
 
 import itertools
-import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from .checkpointing import read_json
 from .classifier import fingerprint, hash_of, load_tokenizer, longest_example
 from .files import write_json_atomically
 from .fine_tuning import FineTuner
@@ -43,7 +43,7 @@ from .glue_outputs import (
     write_predictions,
     write_submission,
 )
-from .model_card import ModelCardError, update_model_card
+from .model_card import ModelCardError, build_fine_tuned_card, save_model_card, update_model_card
 from .output_folder import first_free
 
 logger = logging.getLogger(__name__)
@@ -140,11 +140,23 @@ def output_folder(encoder: EncoderArguments, output_dir: str | None, endings: Se
     return folder.with_name("-".join([folder.name, *endings, *(["from-scratch"] if encoder.from_scratch else [])]))
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise [`GlueError`] for a folder that holds something else than a model which an earlier run has kept there."""
-    is_ours = (
-        folder.is_dir() and not folder.is_symlink() and ((folder / KEPT_NAME).is_file() or not any(folder.iterdir()))
-    )
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file or it cannot be read."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def check_replaceable(folder: Path, model_name: str) -> None:
+    """
+    Raise [`GlueError`] for a folder that holds something else than what an earlier run has made of this model and kept
+    there.
+    """
+    is_ours = folder.is_dir() and not folder.is_symlink()
+    if is_ours and any(folder.iterdir()):
+        kept = read_json_or_empty(folder / KEPT_NAME)
+        is_ours = bool(kept) and kept.get("model", model_name) == model_name
     if not is_ours and (folder.exists() or folder.is_symlink()):
         raise GlueError(
             f"output_dir: the fine-tuned model would take the place of {folder}, which holds something else: choose "
@@ -180,7 +192,7 @@ class GlueRun:
             raise GlueError(f"label_smoothing_factor: {regression} has no classes; leave it out, or the task")
         if glue.keeps_models:
             for task in self.tasks:
-                check_replaceable(self.output_dir / task.name)
+                check_replaceable(self.output_dir / task.name, self.model_name)
         self.encoder_id = fingerprint(encoder)
         self.log = PairLog(self.output_dir / PAIRS_NAME, self.is_main)
         # Ranks that saw different pairs would wait for each other for ever.
@@ -193,8 +205,14 @@ class GlueRun:
         is_own = self.output_dir.resolve() == Path(self.encoder.model_name_or_path).resolve()
         if (self.output_dir / "config.json").is_file() and (not is_own or endings or self.encoder.from_scratch):
             raise GlueError(
-                f"output_dir: {self.output_dir} holds a model, and these would not be the scores of it: choose another folder"
+                f"output_dir: {self.output_dir} holds a model, and these would not be the scores of it: choose another "
+                "folder"
             )
+        path = self.output_dir / RESULTS_NAME
+        earlier = read_json_or_empty(path)
+        is_same = earlier.get("model") == self.model_name and earlier.get("from_scratch") == self.encoder.from_scratch
+        if earlier and not (is_own or is_same):  # a model's own folder may have had another name
+            raise GlueError(f"output_dir: {path} holds the scores of another model: choose another folder")
 
     @property
     def model_name(self) -> str:
@@ -329,8 +347,8 @@ class GlueRun:
         result = tuner.run(encoded, seed, score, advance, staging if kept_as else None, working_folder)
         if self.is_main:
             if kept_as is not None:
-                write_json_atomically(staging / KEPT_NAME, kept_as)
-                check_replaceable(folder)  # a training later
+                write_json_atomically(staging / KEPT_NAME, {"model": self.model_name, **kept_as})
+                check_replaceable(folder, self.model_name)  # a training later
                 if folder.exists():
                     shutil.rmtree(folder)
                 staging.rename(folder)
@@ -347,8 +365,8 @@ class GlueRun:
 
     def _holds_model(self, task: Task, key: dict[str, Any]) -> bool:
         """Whether the folder of the task's model holds the one of this pair; rank 0's answer counts."""
-        path = self.output_dir / task.name / KEPT_NAME
-        held = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == key
+        kept = read_json_or_empty(self.output_dir / task.name / KEPT_NAME)
+        held = kept.items() >= key.items()
         return broadcast_object_list([held])[0]
 
     def search(self, args: FineTuningArguments) -> FineTuningArguments:
@@ -412,13 +430,22 @@ class GlueRun:
         is_ours = folder.is_dir() and not self.encoder.from_scratch and self.glue.metric is None
         return folder if is_ours else None
 
+    @property
+    def shared_name(self) -> str:
+        """What the model of `shared_folder` is called on the Hub: after its folder, or of own data after the results'."""
+        folder = self.shared_folder if self.own_data is None else self.output_dir
+        return (folder or self.output_dir).resolve().name
+
     def _share_with_model(self, results: dict[str, Any]) -> None:
-        """Put the results of GLUE beside a local model, and into its card: they are pushed with it."""
+        """Put the results beside a local model, and into its card: they are pushed with it."""
         folder = self.shared_folder
-        if folder is None or self.own_data is not None:
+        if folder is None or self.glue.metric is not None:  # whose unit is not known
             return
         try:
-            update_model_card(folder, results)
+            if not update_model_card(folder, results) and self.own_data is not None:
+                is_of_hub = not (self.encoder.from_scratch or Path(self.encoder.model_name_or_path).exists())
+                base_model = self.encoder.model_name_or_path if is_of_hub else None
+                save_model_card(build_fine_tuned_card(self.shared_name, results, base_model), folder)
             if folder.resolve() != self.output_dir.resolve():
                 for name in (RESULTS_NAME, CHART_NAME):
                     shutil.copyfile(self.output_dir / name, folder / name)

@@ -19,6 +19,7 @@ from .files import write_atomically
 from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, TASK_TITLES, examples_note
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+FINE_TUNED_TEMPLATE = Path(__file__).with_name("fine_tuned_card_template.md")
 CARD_NAME = "README.md"
 EVAL_FOLDER = ".eval_results"
 GLUE_DATASET = "nyu-mll/glue"
@@ -111,6 +112,32 @@ def build_model_card(
         empty_minimal_pairs=_marked(MINIMAL_PAIRS_SECTION, ""),
     )
     return _with_evaluations(card, glue_results, minimal_pairs)
+
+
+def build_fine_tuned_card(model_name: str, results: Mapping[str, Any], base_model: str | None = None) -> ModelCard:
+    """
+    A card of a classifier, or of a regression, with its scores and how to load it.
+
+    Args:
+        model_name: title of the card.
+        results: the content of `glue_results.json`, of own data.
+        base_model: what was fine-tuned, where it is a model of the Hub.
+    """
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["hf_cram"],
+        model_name=model_name,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(FINE_TUNED_TEMPLATE),
+        title=model_name,
+        start="random weights of the same shape" if results["from_scratch"] else results["model"],
+        empty_section=_marked(OWN_DATA_SECTION, ""),
+    )
+    return _with_evaluations(card, results, None)
 
 
 def save_model_card(card: ModelCard, folder: Path) -> None:

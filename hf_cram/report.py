@@ -51,8 +51,9 @@ NOTES = f"""\
 MLM loss: nats per masked token of the run's own held-out text, comparable between runs with the same text and
 tokenizer. GLUE: development sets, per cent, medians over the seeds; the mean of {len(GLUE_COLUMNS)} columns (MNLI
 counts twice, WNLI not at all), or of those that were run, which is then said. Scores of a fine-tuning on a part of the
-training examples say so, and do not compare with others. Minimal pairs: per cent right. The paper's rows (arXiv 2212.14034) are V, read in its text, repository or model card, or R, recalled with the average
-recomputed; the size of its crammed models is derived from their shape.
+training examples say so, and do not compare with others. Minimal pairs: per cent right. The paper's rows (arXiv
+2212.14034) are V, read in its text, repository or model card, or R, recalled with the average recomputed; the size of
+its crammed models is derived from their shape.
 """
 
 

@@ -18,11 +18,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, SHARED, VOCAB_SIZE
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, pipeline
 
 import run_glue
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
-from hf_cram.classifier import build_classifier, fingerprint, set_dropout
+from hf_cram.classifier import build_classifier, fingerprint, load_tokenizer, set_dropout
 from hf_cram.fine_tuning import parameter_groups
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
 from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics
@@ -347,7 +348,17 @@ def test_other_architectures_are_scored_by_the_same_command(monkeypatch, glue_da
 
 
 @pytest.mark.parametrize("extension", ["csv", "json", "parquet"])
-def test_own_data(monkeypatch, model_folder, tmp_path, extension):
+def test_own_data_comes_in_any_format(tmp_path, extension):
+    columns = {"headline": ["None", "w1 w2"], "topic": ["sport", "culture"]}
+    data = datasets.Dataset.from_dict(columns)
+    path = tmp_path / f"news.{extension}"
+    {"csv": data.to_csv, "json": data.to_json, "parquet": data.to_parquet}[extension](path)
+    own = load_own_task(str(path), str(path), label_column="topic")
+    assert own.train["headline"] == columns["headline"]
+    assert own.task.label_names == ("culture", "sport")
+
+
+def test_own_data(monkeypatch, model_folder, tmp_path):
     files = {}
     for split, (count, seed) in {"train": (192, 0), "validation": (48, 1), "test": (16, 2)}.items():
         texts, labels = sentences(count, seed)
@@ -355,8 +366,8 @@ def test_own_data(monkeypatch, model_folder, tmp_path, extension):
         if split == "test":
             del columns["topic"]
         data = datasets.Dataset.from_dict(columns)
-        files[split] = tmp_path / f"{split}.{extension}"
-        {"csv": data.to_csv, "json": data.to_json, "parquet": data.to_parquet}[extension](files[split])
+        files[split] = tmp_path / f"{split}.csv"
+        data.to_csv(files[split])
     out = tmp_path / "out"
     run(
         monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *FAST, "--num_train_epochs", "8",
@@ -366,9 +377,14 @@ def test_own_data(monkeypatch, model_folder, tmp_path, extension):
     results = results_of(out)
     assert results["columns"] == ["news"]
     assert results["tasks"]["news"]["accuracy"]["median"] > 80
-    # The fine-tuned model is there to be used, with the names of the classes.
+    # The fine-tuned model is there to be used, with the names of the classes, its scores and how to load it.
     model = AutoModelForSequenceClassification.from_pretrained(out / "news")
     assert model.config.label2id == {"culture": 0, "sport": 1}
+    card = ModelCard((out / "news" / "README.md").read_text())
+    assert card.data.pipeline_tag == "text-classification"
+    assert [result.dataset_name for result in card.data.eval_results][:1] == ["news"]
+    assert "# out\n" in card.text
+    assert results_of(out / "news") == results
     (predictions,) = (out / "predictions" / results["setting_id"]).rglob("news.seed-1.tsv")
     predictions = predictions.read_text().splitlines()
     assert {line.split("\t")[1] for line in predictions[1:]} <= {"culture", "sport"}
@@ -492,6 +508,29 @@ def test_a_folder_of_the_users_is_never_replaced(monkeypatch, glue_data, model_f
     assert place.is_symlink() or [path.read_text() for path in (place, *place.glob("*")) if path.is_file()] == ["mine"]
     assert not (tmp_path / "glue_runs.jsonl").exists()  # known before training
     run(monkeypatch, *arguments)  # where no model is kept, nothing is in the way
+
+
+def test_the_results_of_another_model_are_never_replaced(monkeypatch, glue_data, model_folder, tmp_path):
+    arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
+    run(monkeypatch, *arguments, "--save_models", "true")
+    before = (tmp_path / "out" / "glue_results.json").read_bytes()
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    for more in (["--model_name_or_path", other], ["--from_scratch", "true"]):
+        with pytest.raises(GlueError, match="holds the scores of another model: choose another folder"):
+            run(monkeypatch, *arguments, *more)
+    assert (tmp_path / "out" / "glue_results.json").read_bytes() == before
+    (tmp_path / "out" / "glue_results.json").unlink()  # as a run leaves it that was interrupted
+    with pytest.raises(GlueError, match="take the place of .*wnli, which holds something else"):
+        run(monkeypatch, *arguments, "--model_name_or_path", other, "--save_models", "true")
+
+
+def test_a_model_that_reads_token_types_is_given_them(tiny_config, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    for type_vocab_size in (0, 2):
+        tiny_config.type_vocab_size = type_vocab_size
+        tiny_config.save_pretrained(tmp_path)
+        encoded = load_tokenizer(EncoderArguments(str(tmp_path)))("w1", "w2")
+        assert ("token_type_ids" in encoded) == (type_vocab_size == 2)
 
 
 def test_checkpoints_of_a_pretraining_are_not_rotated_away(monkeypatch, glue_data, model_folder):
