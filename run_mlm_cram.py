@@ -34,6 +34,7 @@ from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.source_arguments import INSTALLED_DOCS
 from hf_cram.files import write_atomically
 from hf_cram.hardware import is_out_of_memory
+from hf_cram.hardware_choices import check_device
 from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.output_folder import set_aside
@@ -48,8 +49,8 @@ logger = logging.getLogger("hf_cram")
 # Held-out loss is always measured with these masks, whatever the training's rate and seed.
 EVAL_MLM_PROBABILITY = 0.15
 EVAL_MASK_SEED = 2212
-# What run_glue.py and hf_cram.minimal_pairs leave in a model's folder.
-SCORES = ("glue_results.*", "glue_submission.zip", "minimal_pairs_results.json", ".eval_results")
+# What run_glue.py and hf_cram.minimal_pairs leave in a model's folder, and the card, which tells of it.
+SCORES = ("glue_results.*", "glue_submission.zip", "minimal_pairs_results.json", ".eval_results", "README.md")
 # Of the Trainer's own fields, those that a recipe is made of.
 TRAINER_FIELDS = (
     "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
@@ -71,8 +72,7 @@ def main() -> int:
     if training_args.device.type == "cpu":
         use_all_cores(os.environ)
 
-    if training_args.fp16 and training_args.device.type == "cpu":
-        raise ValueError("fp16: true needs a GPU, and none is here: set bf16: true, or leave out both")
+    check_device(training_args)
     if "max_seq_length" in parser.given or data_args.dataset_name in (None, INSTALLED_DOCS):
         check_row_length(data_args.max_seq_length, model_args.max_position_embeddings)
 
@@ -163,6 +163,7 @@ def build_trainer(
     config = build_config(model_args, corpus.tokenizer)
     # A published corpus brings its own length.
     check_row_length(corpus.train_dataset.max_seq_length, config.max_position_embeddings)
+    corpus.tokenizer.model_max_length = config.max_position_embeddings  # saved with it: what truncates asks for it
     model = AutoModelForMaskedLM.from_config(config)
     collator = DataCollatorForFixedCountMasking(
         corpus.tokenizer,

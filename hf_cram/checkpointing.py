@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .data.errors import first_line
 from .files import flush_to_disk, write_json_atomically
 from .hardware import is_out_of_memory
 
@@ -94,9 +95,8 @@ def save_errors(target: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"Saving {target} failed: {cause}. Earlier checkpoints are untouched; make room (or name another "
+            f"Saving {target} failed: {first_line(error)}. Earlier checkpoints are untouched; make room (or name another "
             "--output_dir), then continue with --resume_from_checkpoint true"
         ) from error
 

@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .data.collator import masked_tokens
+
 # What torch.compile is taken to bring to an encoder's training step, and what compiling may cost with a cold cache: on
 # the safe side of what was seen on 2 CPU cores (1.25 to 1.35 times; 20 to 25 s for 17 linear layers).
 COMPILE_SPEEDUP = 1.25
@@ -80,13 +82,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 def measure_matmul_flops(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int], seconds: float = 0.5
 ) -> float:
-    """Best FLOP/s of a product of (4096, in) with a weight of `shape` (out, in) on `device`, tried for `seconds`."""
+    """
+    Best FLOP/s of a product of (4096, in) with a weight of `shape` (out, in) on `device`, tried for `seconds`, once at
+    least.
+    """
     inputs = torch.randn(MATMUL_ROWS, shape[1], device=device).to(dtype)
     weight = torch.randn(shape, device=device).to(dtype)
     nn.functional.linear(inputs, weight)
     _synchronize(device)
     best, deadline = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
+    while best == float("inf") or time.perf_counter() < deadline:
         started = time.perf_counter()
         nn.functional.linear(inputs, weight)
         _synchronize(device)
@@ -139,6 +144,12 @@ def _bf16_wins(device: torch.device, loss: Callable[[], torch.Tensor], seconds: 
     return best[True] < best[False]
 
 
+NO_COMPILER = (
+    "torch.compile needs Python's headers, on a CPU a C++ compiler, on a GPU a C compiler and Triton: install what is "
+    "missing, or do not compile"
+)
+
+
 def can_compile(device: torch.device) -> bool:
     """
     Whether torch.compile's default backend has what it needs: Python's headers, and on a CPU a C++ compiler, on a GPU
@@ -180,7 +191,7 @@ def random_batch(
     """Rows as the collator makes them, of any tokens: `input_ids` and `labels` (B, L), `masked_positions` (B, K)."""
     rows, length = batch
     input_ids = torch.randint(0, vocab_size, (rows, length), device=device)
-    count = max(1, round(mlm_probability * length))
+    count = masked_tokens(mlm_probability, length)
     positions = torch.arange(count, device=device).expand(rows, count) * (length // count)  # (B, K)
     labels = torch.full_like(input_ids, -100).scatter(1, positions, input_ids.gather(1, positions))
     inputs = {"input_ids": input_ids, "labels": labels}
@@ -189,10 +200,19 @@ def random_batch(
     return inputs
 
 
-def training_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
+def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The loss that a model of transformers computes itself: the first of its outputs."""
+    return model(**batch)[0]
+
+
+def training_flops(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    compute_loss: Callable[[nn.Module, Any], Any] = loss_of,
+) -> int:
     """FLOPs of the matrix products in one forward and backward pass over `batch`, counted on a copy of the model."""
     probe = copy.deepcopy(model).train()
     # The fused CPU attention has no formula in the counter; the plain one does the same products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        probe(**batch)[0].backward()
+        compute_loss(probe, batch).backward()
     return counter.get_total_flops()

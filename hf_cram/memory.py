@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 from transformers.training_args import OptimizerNames
 
-from .data.collator import parse_phases
+from .data.collator import masked_tokens, parse_phases
 from .data.pipeline import DataArguments
 from .optimization import MuonWithAdamW, muon_parameter_groups
 from .recipes import RecipeParser
@@ -72,8 +72,8 @@ class TrainingSetup:
 
     @property
     def masked_tokens(self) -> int:
-        """Predicted tokens of a row, as [`DataCollatorForFixedCountMasking`] counts them."""
-        return max(1, round(self.mlm_probability * self.max_seq_length))
+        """Predicted tokens of a row."""
+        return masked_tokens(self.mlm_probability, self.max_seq_length)
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,8 @@ def main() -> None:
     rows = training_args.per_device_train_batch_size
     print(f"micro-batch {rows}: {format_parts(estimate_training_memory(config, setup, rows))}")
     for memory_gb in memory_args.gpu_memory_gb:
-        rows = largest_micro_batch(config, setup, memory_gb * BYTES_PER_GB)
+        memory_bytes = memory_gb * BYTES_PER_GB
+        rows = largest_micro_batch(config, setup, memory_bytes) or largest_micro_batch(config, setup, memory_bytes, 1)
         print(f"{memory_gb:g} GB: largest micro-batch {rows}")
 
 

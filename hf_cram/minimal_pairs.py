@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from .data.errors import DataError, first_line
 from .data.tokenization import read_tokenizer
 from .files import write_json_atomically
-from .hardware import can_compile, is_out_of_memory
+from .hardware import NO_COMPILER, can_compile, is_out_of_memory
 from .minimal_pair_sources import MinimalPair, MinimalPairsError, read_pairs
 from .model_card import ModelCardError, update_model_card
 from .pseudo_likelihood import BATCH_TOKENS, compile_encoder, pseudo_log_likelihoods
@@ -90,11 +90,16 @@ def make_fast(
     bf16: bool | None = None,
     torch_compile: bool | None = None,
 ) -> None:
-    """Cast to bf16 and compile, in place, where told to; `None` leaves it to a measurement and to the number of pairs."""
+    """
+    Cast to bf16 and compile, in place, where told to; `None` leaves it to a measurement and to the number of pairs.
+    Raises [`MinimalPairsError`] for compiling without a compiler.
+    """
     if bf16_scores_faster(model, tokenizer, pairs) if bf16 is None else bf16:
         model.bfloat16()
     if torch_compile is None:
         torch_compile = len(pairs) >= COMPILED_PAIRS and can_compile(model.device)
+    elif torch_compile and not can_compile(model.device):
+        raise MinimalPairsError(f"--torch_compile: {NO_COMPILER}")
     if torch_compile:
         compile_encoder(model)
 
@@ -102,7 +107,9 @@ def make_fast(
 # ---- Command line ----
 
 
-def load_model(name_or_path: str, device: torch.device) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_model(
+    name_or_path: str, device: torch.device, trust_remote_code: bool = False
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """A masked language model with all its weights, in fp32, and its tokenizer; safetensors only."""
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(
@@ -110,14 +117,17 @@ def load_model(name_or_path: str, device: torch.device) -> tuple[Any, PreTrained
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
-        tokenizer = read_tokenizer(name_or_path)
+        tokenizer = read_tokenizer(name_or_path, trust_remote_code)
     except DataError as error:
         raise MinimalPairsError(str(error)) from error
     except (LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
         if is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        if "trust_remote_code" in str(error):
+            cause = f"{cause} Pass --trust_remote_code if you trust it."
         raise MinimalPairsError(f"{name_or_path} does not load as a masked language model: {cause}") from error
     if info["missing_keys"]:
         raise MinimalPairsError(
@@ -158,6 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="pairs to take from each file or configuration")
     parser.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help="tokens of a batch")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code that comes with a model of the Hub"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument(
         "--bf16",
@@ -178,8 +191,9 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # a build without CUDA asserts
-        cause = str(error).strip().splitlines()[0]
-        raise MinimalPairsError(f"--device {name} cannot be used ({cause}): leave it out, or name cpu") from error
+        raise MinimalPairsError(
+            f"--device {name} cannot be used ({first_line(error)}): leave it out, or name cpu"
+        ) from error
     return device
 
 
@@ -196,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         pairs = read_pairs(options.pairs, options.limit)
         transformers_logging.disable_progress_bar()  # one bar, over the tokens
-        model, tokenizer = load_model(options.model, choose_device(options.device))
+        model, tokenizer = load_model(options.model, choose_device(options.device), options.trust_remote_code)
         make_fast(model, tokenizer, pairs, options.bf16, options.torch_compile)
         results = {
             "bf16": model.dtype == torch.bfloat16,

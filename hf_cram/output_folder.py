@@ -14,6 +14,7 @@ from .checkpointing import CheckpointError, complete_checkpoints, read_clock, st
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".run.lock"
+WRITTEN_AT_THE_END = ("config.json", "model.safetensors", "README.md", "recipe.yaml")
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that have none
 LOCK_SECONDS = 10.0  # the loader's workers of a killed run hold its lock until they notice
 
@@ -81,15 +82,15 @@ def first_free(path: Path) -> Path:
 
 def move_earlier_run_aside(output_dir: Path) -> Path | None:
     """
-    Move the output of an earlier budgeted run out of the way of a new one: nothing is overwritten.
+    Move the output of an earlier run, or any model, out of the way of a new run: nothing is overwritten.
 
     Returns where it went, `<output_dir>.previous-N`, or `None` where there was none.
     """
-    if read_clock(output_dir) is None:
+    if read_clock(output_dir) is None and not any((output_dir / name).exists() for name in WRITTEN_AT_THE_END):
         return None
     if Path.cwd().is_relative_to(output_dir.resolve()):
         raise CheckpointError(
-            f"{output_dir} holds an earlier run and is (or is above) the working folder, which cannot be moved: name "
+            f"{output_dir} holds an earlier run or a model, and is (or is above) the working folder, which cannot be moved: name "
             "another --output_dir, or continue the run with --resume_from_checkpoint true"
         )
     target = first_free(output_dir.with_name(f"{output_dir.name}.previous"))
@@ -97,7 +98,7 @@ def move_earlier_run_aside(output_dir: Path) -> Path | None:
         os.rename(output_dir, target)
     except OSError as error:
         raise CheckpointError(
-            f"{output_dir} holds an earlier run and cannot be moved to {target} ({error.strerror}): name another "
+            f"{output_dir} holds an earlier run or a model, and cannot be moved to {target} ({error.strerror}): name another "
             "--output_dir, or continue the run with --resume_from_checkpoint true"
         ) from error
     output_dir.mkdir()

@@ -1,7 +1,6 @@
 """The Trainer that obeys a clock."""
 
 import contextlib
-import json
 import logging
 import random
 import signal
@@ -18,10 +17,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
-from transformers.utils import CONFIG_NAME
 
 from .budget import (
     BudgetClock,
@@ -44,27 +41,16 @@ from .checkpointing import (
     publish_checkpoint,
     publish_files,
     read_clock,
-    read_json,
     rotate,
     save_errors,
 )
-from .data.errors import first_line
 from .embedding_initialization import initialize_embeddings_from_text
-from .hardware import (
-    bf16_is_faster,
-    can_compile,
-    compile_pays_off,
-    eager_attention_is_faster,
-    forget_peak_memory,
-    largest_linear_shape,
-    measure_matmul_flops,
-    memory_errors,
-    peak_memory_bytes,
-    training_flops,
-)
+from .hardware import forget_peak_memory, memory_errors, peak_memory_bytes, training_flops
+from .hardware_choices import HardwareChoices
 from .hub import HubPusher, HubTarget
 from .optimization import MuonWithAdamW, decayed_parameter_names, muon_parameter_groups
 from .output_folder import lock_run, move_earlier_run_aside, set_later_checkpoints_aside
+from .resuming import load_run_state
 from .row_stream import RowStream, StepBatches, StepSampler
 from .training_args import CramTrainingArguments, resume_choice
 
@@ -76,13 +62,9 @@ ENDLESS_EPOCHS = 2**53  # the stream of rows has no end
 # the safe side, used until the first evaluation has been timed.
 EVALUATION_SHARE = 0.7
 SAVING_BYTES_PER_SECOND = 100e6
+TRIED_ROWS = 32
 # Of an optimiser's groups, what follows from the arguments, which a resumed run may change; the rest is its state.
 OPTIMIZER_OPTIONS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
-# Saving writes these into config.json, whatever the model.
-CONFIG_FIELDS_OF_SAVING = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}
-# Training itself sets these, some from the labels and the tokenizer.
-CONFIG_FIELDS_OF_TRAINING = {"use_cache", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id"}
-AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteError(RuntimeError):
@@ -130,8 +112,9 @@ class CramTrainer(Trainer):
 
     Raises [`CheckpointError`] where saving or resuming fails, [`NonFiniteError`] where the loss stays non-finite and
     [`~hardware.MicroBatchMemoryError`] where memory runs out; `interrupted_by` holds the signal after a run that
-    SIGTERM or SIGINT stopped, `was_used_up` says that a resumed run had no budget left for a step. With `push_to_hub` checkpoints are pushed in the background, safe from what the Hub may
-    do; [`push_to_hub`] at the end pushes what was saved.
+    SIGTERM or SIGINT stopped, `was_used_up` says that a resumed run had no budget left for a step. With `push_to_hub`
+    checkpoints are pushed in the background, safe from what the Hub may do; [`push_to_hub`] at the end pushes what was
+    saved.
     """
 
     args: CramTrainingArguments
@@ -159,7 +142,7 @@ class CramTrainer(Trainer):
         if args.eval_interval is not None and kwargs.get("eval_dataset") is None:
             raise ValueError("eval_interval is set, and there is no eval_dataset to evaluate on")
         started = time_function()
-        self._choose_for_hardware(model, args)
+        self._hardware_choices = HardwareChoices(model, args)
         self._setup_seconds = time_function() - started
         self._started_at = 0.0
         self.pusher: HubPusher | None = None
@@ -167,6 +150,8 @@ class CramTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.muon_learning_rate is not None and (self.optimizer is not None or self.optimizer_cls_and_kwargs):
             raise ValueError("muon_learning_rate brings its own optimiser: leave it out, or the optimiser given")
+        if self.lr_scheduler is not None:
+            raise ValueError("the learning rate follows the clock: set lr_schedule, and give no scheduler")
         self.clock = BudgetClock(args.time_budget_seconds, time_function)
         self.run_state = RunState(dataset_id=getattr(train_dataset, "dataset_id", None))
         self.followers = list(followers)
@@ -206,78 +191,6 @@ class CramTrainer(Trainer):
     def output_dir(self) -> Path:
         """Where checkpoints and results go."""
         return Path(str(self.args.output_dir))
-
-    # ---- What the hardware is good for ----
-
-    def _choose_for_hardware(self, model: PreTrainedModel, args: CramTrainingArguments) -> None:
-        """Decide what the arguments leave open: bf16, torch.compile, attention."""
-        self._is_bf16_open = args.bf16 is None and not args.fp16 and args.mixed_precision == "no"
-        self._is_compile_open = args.torch_compile is None
-        self._own_attention = model.config._attn_implementation
-        self._choose_precision(model, args, self._is_bf16_open)
-        self.matmul_peak = self._measure_matmul_peak(model, args)
-        self._choose_compile(model, args)
-        self._choose_attention(model, args)
-
-    @staticmethod
-    def _choose_precision(model: PreTrainedModel, args: CramTrainingArguments, is_open: bool) -> None:
-        """Decide `args.bf16` where it is open; the launcher's `--mixed_precision` counts as told."""
-        args.fp16 = args.fp16 or args.mixed_precision == "fp16"
-        if args.fp16 and args.device.type == "cpu":
-            raise ValueError("fp16 needs a GPU, and the device is a CPU: use bf16, or neither")
-        if is_open:
-            decision = [bf16_is_faster(args.device, largest_linear_shape(model)) if args.process_index == 0 else None]
-            args.bf16 = broadcast_object_list(decision)[0]
-            logger.info("bf16 autocast is %s than fp32 here", "faster" if args.bf16 else "not faster")
-        args.bf16 = bool(args.bf16) or args.mixed_precision == "bf16"
-        args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
-
-    @staticmethod
-    def _choose_compile(model: PreTrainedModel, args: CramTrainingArguments) -> None:
-        if args.torch_compile is None:
-            args.torch_compile = compile_pays_off(model, args.device, args.time_budget_seconds)
-            args.torch_compile_backend = "inductor" if args.torch_compile else None
-            logger.info("torch.compile is %s", "used" if args.torch_compile else "not used")
-
-    def _choose_attention(self, model: PreTrainedModel, args: CramTrainingArguments) -> None:
-        is_open = args.attn_implementation is None and self._own_attention == "sdpa"
-        name = args.attn_implementation or self._own_attention
-        if is_open and eager_attention_is_faster(model, args.device, bool(args.bf16), bool(args.torch_compile)):
-            name = "eager"
-        if name == model.config._attn_implementation:
-            return
-        try:
-            model.set_attn_implementation(name)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"attn_implementation: {first_line(error)}") from error
-
-    @staticmethod
-    def _measure_matmul_peak(model: PreTrainedModel, args: CramTrainingArguments) -> float:
-        return measure_matmul_flops(args.device, AUTOCAST_DTYPES[args.mixed_precision], largest_linear_shape(model))
-
-    def _keep_first_choices(self) -> None:
-        """What the first session has measured holds for those that resume it, whatever they have measured."""
-        first, args = self.run_state, self.args
-        bf16, compiled = args.bf16, args.torch_compile
-        if self._is_bf16_open and first.bf16 is not None:
-            bf16 = first.bf16
-        # Another machine may have no compiler.
-        if (
-            self._is_compile_open
-            and first.torch_compile is not None
-            and (not first.torch_compile or can_compile(args.device))
-        ):
-            compiled = first.torch_compile
-        if (bf16, compiled) != (args.bf16, args.torch_compile):
-            if bf16 != args.bf16:
-                args.bf16, args.mixed_precision = bf16, "bf16" if bf16 else "no"
-            args.torch_compile, args.torch_compile_backend = compiled, "inductor" if compiled else None
-            self.matmul_peak = self._measure_matmul_peak(self.model, args)
-            self._choose_attention(self.model, args)
-            AcceleratorState._reset_state()
-            self.create_accelerator_and_postprocess()
-            logger.info("As the run began: bf16 %s, torch.compile %s", args.bf16, args.torch_compile)
-        first.bf16, first.torch_compile = args.bf16, args.torch_compile
 
     # ---- The clock ----
 
@@ -399,7 +312,9 @@ class CramTrainer(Trainer):
             self._locks.close()
 
     def _train(self, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
-        self._keep_first_choices()
+        if self._hardware_choices.keep_first(self.run_state):
+            AcceleratorState._reset_state()
+            self.create_accelerator_and_postprocess()
         self.run_state.row_order = self._row_order
         torch.set_flush_denormal(True)  # denormal gradients slow a CPU down many times
         self.clock.start(self.run_state.elapsed_seconds + self._setup_seconds)
@@ -407,7 +322,8 @@ class CramTrainer(Trainer):
         if self.args.embeddings_from_text and checkpoint is None and not self._has_trained:
             initialize_embeddings_from_text(self.model, self.train_dataset, self.args.seed)
         with memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size):
-            if not self._has_trained and self.model_accepts_loss_kwargs:
+            has_own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+            if not (self._has_trained or has_own_loss) and self.model_accepts_loss_kwargs:
                 self.model_accepts_loss_kwargs = self._loss_follows_item_count()
             self._row_flops = self._measure_row_flops()
         self._has_trained, self._setup_seconds = True, 0.0
@@ -433,7 +349,7 @@ class CramTrainer(Trainer):
     def _open_run(self, resume_from_checkpoint: str | bool | None) -> Path | None:
         """Lock the output folder, find the checkpoint and the clock to continue from, or make room for a new run."""
         output_dir = self.output_dir
-        checkpoint: Path | None = None
+        checkpoint, clock = None, None
         is_main = self.args.process_index == 0
         self._locks.close()
         if is_main:
@@ -445,12 +361,7 @@ class CramTrainer(Trainer):
             )
             clock = read_clock(output_dir)
             if checkpoint is not None:
-                self.run_state = RunState.load(checkpoint)
-                self._check_dataset(checkpoint)
-                self._check_row_order(checkpoint)
-                self._check_model(checkpoint)
-                with load_errors(checkpoint):
-                    read_json(checkpoint / TRAINER_STATE_NAME, "global_step")
+                self.run_state = load_run_state(checkpoint, self.run_state.dataset_id, self._row_order, self.model)
             elif clock is not None:
                 self.run_state = RunState(run_id=clock["run_id"], dataset_id=self.run_state.dataset_id)
             if checkpoint is None and is_main:
@@ -462,7 +373,9 @@ class CramTrainer(Trainer):
                     self.run_state.elapsed_seconds = max(self.run_state.elapsed_seconds, beat["elapsed_seconds"])
         self.accelerator.wait_for_everyone()  # all have looked
         if is_main:
-            if self._make_room(checkpoint, is_new=not resume_from_checkpoint):
+            if self._make_room(
+                checkpoint, is_new=not resume_from_checkpoint or (checkpoint is None and clock is None)
+            ):
                 self._locks.close()  # it has moved with its folder
                 self._locks.enter_context(lock_run(output_dir))
             clear_staging(output_dir)
@@ -477,52 +390,17 @@ class CramTrainer(Trainer):
         output_dir = self.output_dir
         if checkpoint is not None and not checkpoint.resolve().is_relative_to(output_dir.resolve()):
             clock = read_clock(output_dir)
-            is_new = clock is not None and clock["run_id"] != self.run_state.run_id
+            is_new = clock is None or clock["run_id"] != self.run_state.run_id
         if is_new:
             moved = move_earlier_run_aside(output_dir)
             if moved is not None:
-                logger.warning("The earlier run in %s was moved to %s", output_dir, moved)
+                logger.warning("What was in %s, an earlier run or a model, was moved to %s", output_dir, moved)
             return moved is not None
         if checkpoint is not None:
             moved = set_later_checkpoints_aside(checkpoint, output_dir)
             if moved is not None:
                 logger.warning("The checkpoints after %s were moved to %s", checkpoint, moved)
         return False
-
-    def _check_dataset(self, checkpoint: Path) -> None:
-        """A dataset that has a `dataset_id` must be the one that the checkpoint has seen rows of."""
-        earlier, now = self.run_state.dataset_id, getattr(self.train_dataset, "dataset_id", None)
-        if None not in (earlier, now) and earlier != now:
-            raise CheckpointError(
-                f"{checkpoint} has seen rows of the dataset {earlier}, and the one given now is {now}: repeat every "
-                "setting of the text, max_train_tokens as logged then included, or start a new run"
-            )
-
-    def _check_row_order(self, checkpoint: Path) -> None:
-        """In another order the next unseen row would be one that was seen, and others never would."""
-        earlier = self.run_state.row_order
-        if earlier not in (None, self._row_order):
-            raise CheckpointError(
-                f"{checkpoint} has read its rows in the order {earlier!r}, and the one now is {self._row_order!r}: set "
-                "seed, data_seed and train_sampling_strategy as they were, or start a new run"
-            )
-
-    def _check_model(self, checkpoint: Path) -> None:
-        """Weights fit models that compute something else with them: other heads, another norm."""
-        path = checkpoint / CONFIG_NAME
-        if not path.is_file() or not isinstance(self.model, PreTrainedModel):
-            return
-        config = self.model.config
-        with load_errors(checkpoint):
-            of_checkpoint = type(config).from_dict(read_json(path))  # a field that is newer has its default
-        saved, now = (json.loads(each.to_json_string(use_diff=False)) for each in (of_checkpoint, config))
-        ignored = CONFIG_FIELDS_OF_SAVING | CONFIG_FIELDS_OF_TRAINING
-        names = sorted(name for name in (saved.keys() & now.keys()) - ignored if saved.get(name) != now.get(name))
-        if names:
-            changes = ", ".join(f"{name} {saved.get(name)!r}" for name in names)
-            raise CheckpointError(
-                f"{checkpoint} is of another model: set {changes} as they were there, or start a new run"
-            )
 
     def _heartbeat_values(self) -> dict[str, Any]:
         return {
@@ -553,11 +431,11 @@ class CramTrainer(Trainer):
     def _measure_row_flops(self) -> float:
         """FLOPs of one training row, counted on one micro-batch of one row."""
         with keep_random_state():
-            return float(training_flops(self.model, self._one_row()))
+            return float(training_flops(self.model, self._one_row(), self.compute_loss))
 
-    def _one_row(self) -> dict[str, Any]:
+    def _one_row(self, position: int = 0) -> dict[str, Any]:
         """A training batch of one row."""
-        return self._prepare_inputs(self.data_collator([self._row_stream()[0]]))
+        return self._prepare_inputs(self.data_collator([self._row_stream()[position]]))
 
     @torch.no_grad()
     def _loss_follows_item_count(self) -> bool:
@@ -565,11 +443,14 @@ class CramTrainer(Trainer):
         Whether the model divides its loss by the `num_items_in_batch` that it accepts. BERT and others take any keyword
         and return the mean of the micro-batch: the Trainer then has to divide.
         """
-        losses = []
-        for count in (1, 2):
-            with keep_random_state():  # the same dropout
-                losses.append(self.model.train()(**self._one_row(), num_items_in_batch=count)[0])
-        return not torch.equal(*losses)
+        for position in range(TRIED_ROWS):
+            losses = []
+            for count in (1, 2):
+                with keep_random_state():  # the same masks and dropout
+                    losses.append(self.model.train()(**self._one_row(position), num_items_in_batch=count)[0])
+            if all(loss.isfinite() and loss != 0 for loss in losses):  # else no token of the row is masked
+                return not torch.equal(*losses)
+        return True
 
     @property
     def _shuffles(self) -> bool:
@@ -880,7 +761,7 @@ class CramTrainer(Trainer):
             logs["samples_per_second"] = rows / seconds
             flops = rows * self._row_flops / seconds / self.args.world_size
             logs["model_flops_per_second"] = flops * self.args.world_size
-            logs["matmul_peak_share"] = flops / self.matmul_peak
+            logs["matmul_peak_share"] = flops / self._hardware_choices.matmul_peak
             logs["batch_rows"] = self._batch_rows(self.budget_fraction)
             logs["skipped_steps"] = self.run_state.skipped_steps
             logs.update(self._follower_logs)
@@ -896,7 +777,7 @@ class CramTrainer(Trainer):
             "samples_per_second": self.run_state.rows_seen / seconds if seconds > 0 else 0.0,
             "skipped_steps": self.run_state.skipped_steps,
             "optimizer_steps": self.state.global_step,
-            "matmul_peak_flops_per_second": self.matmul_peak,
+            "matmul_peak_flops_per_second": self._hardware_choices.matmul_peak,
             "training_flops": self.run_state.rows_seen * self._row_flops,
             "peak_memory_bytes": peak_memory_bytes(self.args.device),
         }

@@ -145,13 +145,13 @@ class CramTrainingArguments(OpenPrecisionArguments):
         },
     )
     logging_interval: str | None = field(
-        default=None, metadata={"help": "Log every '1%' of the budget, or every '30s' of the clock."}
+        default=None, metadata={"help": "Log every '1%%' of the budget, or every '30s' of the clock."}
     )
     eval_interval: str | None = field(
-        default=None, metadata={"help": "Evaluate every '10%' of the budget, or every '30m' of the clock."}
+        default=None, metadata={"help": "Evaluate every '10%%' of the budget, or every '30m' of the clock."}
     )
     save_interval: str | None = field(
-        default=None, metadata={"help": "Save a checkpoint every '10%' of the budget, or every '30m' of the clock."}
+        default=None, metadata={"help": "Save a checkpoint every '10%%' of the budget, or every '30m' of the clock."}
     )
     ddp_timeout: int = field(
         default=7 * 24 * 3600,
@@ -187,8 +187,6 @@ class CramTrainingArguments(OpenPrecisionArguments):
 
     def __post_init__(self) -> None:
         self.time_budget_seconds: float | None = None
-        if str(self.time_budget).lower() == "none":  # on the command line, against a recipe's
-            self.time_budget = None
         if self.time_budget is not None:
             self.time_budget_seconds = parse_duration(self.time_budget)
         elif self.max_steps <= 0:
@@ -257,8 +255,11 @@ class CramTrainingArguments(OpenPrecisionArguments):
             )
         if self.save_only_model:
             raise ValueError("save_only_model would leave checkpoints that no run can continue from: leave it out")
-        if self.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end has no place under a budget: the last model is the result")
+        for name in ("load_best_model_at_end", "metric_for_best_model"):
+            if getattr(self, name):
+                raise ValueError(f"{name} has no place under a budget: the last model is the result; leave it out")
+        if self.save_strategy == "best":
+            raise ValueError("save_strategy: best has no place under a budget: set save_interval")
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE, "end", "every_save"):
             raise ValueError(
                 "hub_strategy would upload the optimiser's state, which is not safetensors: use every_save or end"
@@ -288,7 +289,8 @@ class CramTrainingArguments(OpenPrecisionArguments):
         if rows < 1 or rows % self.smallest_batch_rows:
             raise ValueError(
                 f"train_batch_rows ({self.train_batch_rows}) must be a multiple of {self.smallest_batch_rows} "
-                f"(per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes)"
+                f"(per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes): change "
+                "one of these"
             )
 
 

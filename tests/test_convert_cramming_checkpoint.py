@@ -2,7 +2,7 @@
 
 import json
 import logging
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -606,20 +606,15 @@ def test_the_command_converts(tmp_path, paper_folder, capsys):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ours"]
 
 
-def test_the_command_fails_in_one_line(tmp_path, paper_folder, python_environment):
+def test_the_command_fails_in_one_line(tmp_path, paper_folder, monkeypatch, capsys):
     path = paper_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    result = subprocess.run(
-        [sys.executable, "-m", "hf_cram.convert_cramming_checkpoint", str(paper_folder), str(tmp_path / "ours")],
-        capture_output=True,
-        text=True,
-        env=python_environment,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"hf_cram.convert_cramming_checkpoint: error: {path} is truncated")
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stdout == ""
+    monkeypatch.setattr(sys, "argv", ["convert", str(paper_folder), str(tmp_path / "ours")])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("hf_cram.convert_cramming_checkpoint", run_name="__main__")
+    assert caught.value.code.startswith(f"hf_cram.convert_cramming_checkpoint: error: {path} is truncated")
+    assert "\n" not in caught.value.code
+    assert capsys.readouterr().out == ""
 
 
 def test_settings_flatten():

@@ -1,6 +1,7 @@
 """What is measured and decided before training."""
 
 import sys
+import time
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import VOCAB_SIZE
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.hardware import (
-    bf16_is_faster,
+    bf16_trains_faster,
     can_compile,
     compile_pays_off,
     is_out_of_memory,
@@ -40,9 +41,26 @@ def test_flops_of_a_row_are_those_of_its_matrix_products(tiny_config):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_peak_and_precision_are_measured():
+def test_peak_is_measured():
     assert measure_matmul_flops(CPU, torch.float32, (64, 64), seconds=0.05) > 1e8
-    assert bf16_is_faster(CPU, (64, 64), seconds=0.05) in (True, False)
+    assert measure_matmul_flops(CPU, torch.float32, (64, 64), seconds=0.0) > 1e6
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_faster_precision_is_found(faster):
+    class Uneven(torch.nn.Module):
+        """Slow in one precision."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, inputs):
+            if torch.is_autocast_enabled("cpu") != faster:
+                time.sleep(0.05)
+            return (self.layer(inputs).sum(),)
+
+    assert bf16_trains_faster(Uneven(), {"inputs": torch.ones(1, 4)}, rounds=1) is faster
 
 
 def test_largest_linear_layer(tiny_config):

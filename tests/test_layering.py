@@ -36,7 +36,7 @@ LAYERS = [
         "glue",
         "pseudo_likelihood",
     },
-    {"output_folder"},
+    {"output_folder", "hardware_choices", "resuming"},
     {"trainer", "recipes", "fine_tuning_args", "glue_data", "glue_outputs"},
     {"script_args", "classifier", "glue_encoding"},
     {"fine_tuning", "model_card", "report", "text_budget", "memory"},

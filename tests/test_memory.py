@@ -172,14 +172,14 @@ def test_command_prints_the_largest_micro_batch_of_a_recipe(tmp_path, monkeypatc
         "output_dir: out\ntime_budget: 1h\nmlm_probability: 0:0.5,0.5:0.25\nmax_seq_length: 16\nbf16: false\n"
         "per_device_train_batch_size: 4\ntrain_batch_rows: 16\nmuon_learning_rate: 0.02\n"
     )
-    monkeypatch.setattr(sys, "argv", ["memory", str(recipe), "--gpu_memory_gb", "1.25", "2"])
+    monkeypatch.setattr(sys, "argv", ["memory", str(recipe), "--gpu_memory_gb", "0.9357", "1.25", "2"])
     memory.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("1 layers x 32, vocabulary 4096, rows of 16 tokens, 8 masked, float32, muon")
     assert lines[1].startswith("micro-batch 4: 0.00 GB: weights 0.00, gradients 0.00")
-    small, large = (int(line.split()[-1]) for line in lines[2:])
-    assert lines[2].startswith("1.25 GB: largest micro-batch ")
-    assert 0 < small < large
+    tiny, small, large = (int(line.split()[-1]) for line in lines[2:])
+    assert lines[3].startswith("1.25 GB: largest micro-batch ")
+    assert 0 < tiny < 8 <= small < large
 
 
 def test_command_heeds_attention_and_refuses_what_it_does_not_know(tmp_path, monkeypatch, capsys):

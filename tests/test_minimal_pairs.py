@@ -2,8 +2,8 @@
 
 import gzip
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -298,10 +298,33 @@ def test_a_classifier_is_no_masked_language_model(tiny_config, tokenizer, tmp_pa
         main([str(tmp_path / "model"), "--pairs", str(PAIRS)])
 
 
-def test_it_runs_as_a_module(python_environment, model_folder):
-    process = subprocess.run(
-        [sys.executable, "-m", "hf_cram.minimal_pairs", model_folder, "--pairs", PAIRS, "--limit", "1"],
-        env=python_environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert "all" in process.stdout
+CODE_OF_ITS_OWN = """
+from transformers import BertConfig, BertForMaskedLM
+
+class MineConfig(BertConfig):
+    model_type = "mine"
+
+class MineForMaskedLM(BertForMaskedLM):
+    config_class = MineConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(models, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    models["bert"].save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "modeling_mine.py").write_text(CODE_OF_ITS_OWN)
+    config = json.loads((tmp_path / "config.json").read_text())
+    places = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForMaskedLM": "modeling_mine.MineForMaskedLM"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": places}))
+    arguments = [str(tmp_path), "--pairs", str(PAIRS), "--limit", "1"]
+    with pytest.raises(SystemExit, match="trust_remote_code"):
+        main(arguments)
+    main([*arguments, "--trust_remote_code"])
+    assert "all" in capsys.readouterr().out
+
+
+def test_it_runs_as_a_module(monkeypatch, capsys, model_folder):
+    monkeypatch.setattr(sys, "argv", ["minimal_pairs", str(model_folder), "--pairs", str(PAIRS), "--limit", "1"])
+    runpy.run_module("hf_cram.minimal_pairs", run_name="__main__")
+    assert "all" in capsys.readouterr().out

@@ -1,5 +1,8 @@
 """Every recipe parses and builds its model; every mistake is one line."""
 
+import importlib
+import itertools
+import sys
 from dataclasses import replace
 
 import pytest
@@ -103,6 +106,30 @@ def test_the_original_recipe_is_bert_base():
     assert build_config(model_args, Sized(data_args.vocab_size)).to_dict() == expected
 
 
+PROGRAMS = (
+    "run_mlm_cram", "run_glue", "hf_cram.prepare", "hf_cram.memory", "hf_cram.plan", "hf_cram.minimal_pairs",
+    "hf_cram.report", "hf_cram.hub", "hf_cram.convert_cramming_checkpoint",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_explains_its_options(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(program).main()
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+def test_none_on_the_command_line_is_a_recipes_null():
+    recipe = REPOSITORY / "training_args/crammed_bert_24h.yaml"
+    (_, data_args, _, training_args), _ = parse(
+        recipe, "--dataset_name", "none", "--train_files", "a.txt", "--time_budget", "none", "--max_steps", "5"
+    )
+    assert (data_args.dataset_name, data_args.train_files) == (None, ["a.txt"])
+    assert training_args.time_budget_seconds is None
+
+
 def test_the_command_line_overrides_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -120,8 +147,11 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     assert parser.given["time_budget"] == 600
 
 
-@pytest.mark.parametrize("text", TEXT_RECIPES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [*itertools.product(RECIPES, TEXT_RECIPES[:1]), *itertools.product(RECIPES[:1], TEXT_RECIPES[1:])],
+    ids=lambda path: path.stem,
+)
 def test_every_training_recipe_takes_every_text(recipe, text, tmp_path):
     other = tmp_path / "other.yaml"  # whatever another text was named by is gone
     other.write_text("dataset_data_dir: a\ndataset_revision: b\ndataset_config_name: c\ntrain_files: [d]\n"

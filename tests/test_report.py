@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -219,13 +219,14 @@ def test_broken_files_are_named(make_run, stem, content, complaint):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_results_ends_the_program_in_one_line(make_run, tmp_path, python_environment):
+def test_a_folder_without_results_ends_the_program_in_one_line(make_run, tmp_path, monkeypatch):
     empty = make_run("empty", trainer_state={"log_history": []})
-    command = [sys.executable, "-m", "hf_cram.report", str(empty)]
-    done = subprocess.run(command, cwd=tmp_path, env=python_environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert f"{empty} holds none of all_results.json" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", str(empty)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("hf_cram.report", run_name="__main__")
+    assert caught.value.code.startswith(f"hf_cram.report: error: {empty} holds none of all_results.json")
+    assert "\n" not in caught.value.code
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 

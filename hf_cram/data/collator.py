@@ -41,6 +41,11 @@ def parse_phases(text: str) -> list[tuple[float, float]]:
     return phases
 
 
+def masked_tokens(mlm_probability: float, length: int) -> int:
+    """Tokens of a row of `length` that are predicted: one at least."""
+    return max(1, round(mlm_probability * length))
+
+
 def check_replacement(mask_replace_prob: float, random_replace_prob: float) -> None:
     """Raises ValueError where the two shares of the predicted tokens are none."""
     if not (min(mask_replace_prob, random_replace_prob) >= 0 and mask_replace_prob + random_replace_prob <= 1):
@@ -113,7 +118,7 @@ class DataCollatorForFixedCountMasking:
             )
         input_ids = np.stack(rows).astype(np.int64)  # (B, L)
         draws = self._draws(features, input_ids)
-        count = max(1, round(self.mlm_probability * input_ids.shape[1]))
+        count = masked_tokens(self.mlm_probability, input_ids.shape[1])
 
         special = self.is_special[input_ids]
         scores = np.where(special, np.iinfo(np.uint64).max, draws)

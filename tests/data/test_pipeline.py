@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from hf_cram.data import stages, texts, token_shards
@@ -307,7 +308,7 @@ def test_killed_between_shards_it_goes_on_to_the_same_bytes(tmp_path, text, pyth
     for line in process.stdout:
         if line == "4\n":
             break
-    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdin.close()
@@ -331,10 +332,8 @@ def test_killed_between_shards_it_goes_on_to_the_same_bytes(tmp_path, text, pyth
     assert {p.name: p.read_bytes() for p in shards.iterdir()} == {
         p.name: p.read_bytes() for p in whole_shards.iterdir()
     }
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):  # orphans end by themselves
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    _, left = psutil.wait_procs(workers, timeout=10)  # orphans end by themselves
+    assert {worker.status() for worker in left} <= {psutil.STATUS_ZOMBIE}  # where nobody is there to bury them
 
 
 KILLED_ANYWHERE = """

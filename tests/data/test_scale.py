@@ -198,19 +198,15 @@ def test_estimate_is_printed(capsys):
 # Without the extra
 
 
-def test_without_datatrove_one_line_says_what_to_install(tmp_path, python_environment):
-    files = write_files(tmp_path / "text")
-    code = (
-        "import sys; sys.modules['datatrove'] = None\n"
-        "from hf_cram.data.pipeline import DataArguments\n"
-        "from hf_cram.data.publish import PublishArguments\n"
-        "from hf_cram.data.scale import ScaleArguments, main\n"
-        f"data = DataArguments(train_files=[{str(files)!r}], cache_dir={str(tmp_path / 'cache')!r})\n"
-        "sys.exit(main(data, ScaleArguments(tasks=2), PublishArguments()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=python_environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("error: datatrove is missing: pip install 'hf_cram[scale]'")
+def test_without_datatrove_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("datatrove.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "hf_cram.data.scale_executors", raising=False)
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    data = DataArguments(train_files=[str(write_files(tmp_path / "text"))], cache_dir=str(tmp_path / "cache"))
+    assert main(data, ScaleArguments(tasks=2), PublishArguments()) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("error: datatrove is missing: pip install 'hf_cram[scale]'")
 
 
 # datatrove's local executor
