@@ -49,8 +49,10 @@ logger = logging.getLogger("hf_cram")
 # Held-out loss is always measured with these masks, whatever the training's rate and seed.
 EVAL_MLM_PROBABILITY = 0.15
 EVAL_MASK_SEED = 2212
-# What run_glue.py and hf_cram.minimal_pairs leave in a model's folder, and the card, which tells of it.
-SCORES = ("glue_results.*", "glue_submission.zip", "minimal_pairs_results.json", ".eval_results", "README.md")
+# What run_glue.py and hf_cram.minimal_pairs leave in a model's folder, the card that tells of it, and the recipe.
+OF_EARLIER_WEIGHTS = (
+    "glue_results.*", "glue_submission.zip", "minimal_pairs_results.json", ".eval_results", "README.md", "recipe.yaml",
+)  # fmt: skip
 # Of the Trainer's own fields, those that a recipe is made of.
 TRAINER_FIELDS = (
     "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
@@ -192,7 +194,7 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) 
     """Save model and results. The clock has stopped: saving and the final evaluation are reported apart."""
     saving_started = time.monotonic()
     if trainer.args.should_save:
-        set_scores_aside(trainer.output_dir)
+        set_earlier_results_aside(trainer.output_dir)
     trainer.save_model()
     trainer.save_state()
     results: dict[str, Any] = {
@@ -212,11 +214,11 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) 
     return results
 
 
-def set_scores_aside(folder: Path) -> None:
+def set_earlier_results_aside(folder: Path) -> None:
     """What earlier weights in the folder have scored is not the score of those that take their place."""
-    moved = set_aside(sorted(path for pattern in SCORES for path in folder.glob(pattern)), folder)
+    moved = set_aside(sorted(path for pattern in OF_EARLIER_WEIGHTS for path in folder.glob(pattern)), folder)
     if moved is not None:
-        logger.warning("The scores of the earlier weights were moved to %s", moved)
+        logger.warning("Scores, card and recipe of what was in the folder before were moved to %s", moved)
 
 
 def publish(corpus: PreparedCorpus, publish_args: PublishArguments, data_args: DataArguments) -> None:

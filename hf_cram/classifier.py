@@ -40,20 +40,29 @@ LOADING_ERRORS = (
 
 
 def fingerprint(encoder: EncoderArguments) -> str:
+    """A hash of what is fine-tuned: the settings of the encoder, and the model as in [`name_model`]."""
+    settings = asdict(encoder)
+    del settings["trust_remote_code"], settings["model_name_or_path"]
+    origin, files = _content_of(encoder.model_name_or_path)
+    return hash_of({**settings, **origin}, files)
+
+
+def name_model(encoder: EncoderArguments) -> str:
     """
-    A hash of what is fine-tuned: the settings of the encoder, and the name and commit on the Hub or, of a local folder,
+    A hash of the model, or of what it is built like from scratch: the name and commit on the Hub or, of a local folder,
     the content of config, weights and tokenizer.
     """
-    settings = asdict(encoder)
-    del settings["trust_remote_code"]
-    folder = Path(encoder.model_name_or_path)
+    origin, files = _content_of(encoder.model_name_or_path)
+    return hash_of({"from_scratch": encoder.from_scratch, **origin}, files)
+
+
+def _content_of(name_or_path: str) -> tuple[dict[str, Any], list[Path]]:
+    """Where a model of the Hub comes from, or the files that make a local one."""
+    folder = Path(name_or_path)
     if folder.is_dir():
-        del settings["model_name_or_path"]
-        return hash_of(
-            settings, sorted({file for pattern in HASHED_FILES for file in folder.glob(pattern) if file.is_file()})
-        )
-    config_file = cached_file(encoder.model_name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
-    return hash_of({**settings, "commit": extract_commit_hash(config_file, None)})
+        return {}, sorted({file for pattern in HASHED_FILES for file in folder.glob(pattern) if file.is_file()})
+    config_file = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
+    return {"model_name_or_path": name_or_path, "commit": extract_commit_hash(config_file, None)}, []
 
 
 def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:

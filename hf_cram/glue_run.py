@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import ModelCard
 from tqdm import tqdm
 
 from .checkpointing import read_json
-from .classifier import fingerprint, hash_of, load_tokenizer, longest_example
+from .classifier import fingerprint, hash_of, load_tokenizer, longest_example, name_model
 from .files import write_json_atomically
 from .fine_tuning import FineTuner
 from .fine_tuning_args import EncoderArguments, FineTuningArguments
@@ -140,24 +141,25 @@ def output_folder(encoder: EncoderArguments, output_dir: str | None, endings: Se
     return folder.with_name("-".join([folder.name, *endings, *(["from-scratch"] if encoder.from_scratch else [])]))
 
 
-def read_json_or_empty(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file or it cannot be read."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file or it holds anything else."""
     try:
-        return read_json(path)
+        values = read_json(path)
     except (OSError, ValueError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
-def check_replaceable(folder: Path, model_name: str) -> None:
+def check_replaceable(folder: Path, is_ours: Callable[[dict[str, Any]], bool]) -> None:
     """
-    Raise [`GlueError`] for a folder that holds something else than what an earlier run has made of this model and kept
-    there.
+    Raise [`GlueError`] for a folder that holds something else than a model which an earlier run has kept there, and
+    `is_ours` knows by what it has written beside it.
     """
-    is_ours = folder.is_dir() and not folder.is_symlink()
-    if is_ours and any(folder.iterdir()):
-        kept = read_json_or_empty(folder / KEPT_NAME)
-        is_ours = bool(kept) and kept.get("model", model_name) == model_name
-    if not is_ours and (folder.exists() or folder.is_symlink()):
+    is_replaceable = folder.is_dir() and not folder.is_symlink()
+    if is_replaceable and any(folder.iterdir()):
+        kept = read_object(folder / KEPT_NAME)
+        is_replaceable = bool(kept) and is_ours(kept)
+    if not is_replaceable and (folder.exists() or folder.is_symlink()):
         raise GlueError(
             f"output_dir: the fine-tuned model would take the place of {folder}, which holds something else: choose "
             "another --output_dir"
@@ -180,7 +182,8 @@ class GlueRun:
         endings = [self.own_data.task.name] if self.own_data else []
         endings += [Path(glue.metric).stem] if glue.metric else []
         self.output_dir = output_folder(encoder, args.output_dir, endings)
-        self._check_output_dir(endings)
+        self.model_id = name_model(encoder)
+        self._check_output_dir(endings, args.output_dir in (None, "", DEFAULT_OUTPUT_DIR))
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
         # What is wrong with the last task shall be known before the first is trained.
         # Once: a file that changes while the run goes on is other data than what was read.
@@ -192,7 +195,7 @@ class GlueRun:
             raise GlueError(f"label_smoothing_factor: {regression} has no classes; leave it out, or the task")
         if glue.keeps_models:
             for task in self.tasks:
-                check_replaceable(self.output_dir / task.name, self.model_name)
+                check_replaceable(self.output_dir / task.name, self._is_of_this_model)
         self.encoder_id = fingerprint(encoder)
         self.log = PairLog(self.output_dir / PAIRS_NAME, self.is_main)
         # Ranks that saw different pairs would wait for each other for ever.
@@ -200,19 +203,28 @@ class GlueRun:
         self._encoded: tuple[str, EncodedTask] | None = None
         self._choose_precision(args)
 
-    def _check_output_dir(self, endings: Sequence[str]) -> None:
+    def _check_output_dir(self, endings: Sequence[str], is_default: bool) -> None:
         """Scores in a model's folder count as that model's, and are pushed with it."""
-        is_own = self.output_dir.resolve() == Path(self.encoder.model_name_or_path).resolve()
+        model_folder = Path(self.encoder.model_name_or_path)
+        is_own = self.output_dir.resolve() == model_folder.resolve()
         if (self.output_dir / "config.json").is_file() and (not is_own or endings or self.encoder.from_scratch):
             raise GlueError(
                 f"output_dir: {self.output_dir} holds a model, and these would not be the scores of it: choose another "
                 "folder"
             )
+        # The model's own folder and those named after it are its own whatever it has been trained to since.
+        self._is_own_place = is_own or (is_default and model_folder.is_dir())
         path = self.output_dir / RESULTS_NAME
-        earlier = read_json_or_empty(path)
-        is_same = earlier.get("model") == self.model_name and earlier.get("from_scratch") == self.encoder.from_scratch
-        if earlier and not (is_own or is_same):  # a model's own folder may have had another name
+        if not self._is_of_this_model(read_object(path)):
             raise GlueError(f"output_dir: {path} holds the scores of another model: choose another folder")
+
+    def _is_of_this_model(self, told: dict[str, Any]) -> bool:
+        """Whether results, or what stands beside a kept model, are this model's: by content, else by name."""
+        if self._is_own_place:
+            return True
+        own = {"model": self.model_name, "from_scratch": self.encoder.from_scratch}
+        own = {"model_id": self.model_id} if "model_id" in told else own
+        return all(told.get(name, value) == value for name, value in own.items())
 
     @property
     def model_name(self) -> str:
@@ -304,6 +316,7 @@ class GlueRun:
         headlines = headline_metrics(self.tasks) if self.glue.metric is None else {}
         return {
             "model": self.model_name,
+            "model_id": self.model_id,
             **aggregate(scores, headlines),
             "from_scratch": self.encoder.from_scratch,
             "setting": {
@@ -347,8 +360,8 @@ class GlueRun:
         result = tuner.run(encoded, seed, score, advance, staging if kept_as else None, working_folder)
         if self.is_main:
             if kept_as is not None:
-                write_json_atomically(staging / KEPT_NAME, {"model": self.model_name, **kept_as})
-                check_replaceable(folder, self.model_name)  # a training later
+                write_json_atomically(staging / KEPT_NAME, {"model_id": self.model_id, **kept_as})
+                check_replaceable(folder, self._is_of_this_model)  # a training later
                 if folder.exists():
                     shutil.rmtree(folder)
                 staging.rename(folder)
@@ -365,7 +378,7 @@ class GlueRun:
 
     def _holds_model(self, task: Task, key: dict[str, Any]) -> bool:
         """Whether the folder of the task's model holds the one of this pair; rank 0's answer counts."""
-        kept = read_json_or_empty(self.output_dir / task.name / KEPT_NAME)
+        kept = read_object(self.output_dir / task.name / KEPT_NAME)
         held = kept.items() >= key.items()
         return broadcast_object_list([held])[0]
 
@@ -439,15 +452,22 @@ class GlueRun:
     def _share_with_model(self, results: dict[str, Any]) -> None:
         """Put the results beside a local model, and into its card: they are pushed with it."""
         folder = self.shared_folder
-        if folder is None or self.glue.metric is not None:  # whose unit is not known
+        if folder is None:
             return
+        told = results if self.glue.metric is None else None  # the unit of another metric is not known
         try:
-            if not update_model_card(folder, results) and self.own_data is not None:
-                is_of_hub = not (self.encoder.from_scratch or Path(self.encoder.model_name_or_path).exists())
-                base_model = self.encoder.model_name_or_path if is_of_hub else None
-                save_model_card(build_fine_tuned_card(self.shared_name, results, base_model), folder)
+            if not update_model_card(folder, told) and self.own_data is not None:
+                save_model_card(self._build_card(told), folder)
             if folder.resolve() != self.output_dir.resolve():
-                for name in (RESULTS_NAME, CHART_NAME):
+                for name in (RESULTS_NAME, *([] if told is None else [CHART_NAME])):
                     shutil.copyfile(self.output_dir / name, folder / name)
         except (OSError, ModelCardError) as error:
             logger.warning("The results are in %s, but not in the folder of their model: %s", self.output_dir, error)
+
+    def _build_card(self, results: dict[str, Any] | None) -> ModelCard:
+        """The first card of a model fine-tuned on own data."""
+        name = self.encoder.model_name_or_path
+        if self.encoder.from_scratch:
+            return build_fine_tuned_card(self.shared_name, "random weights", results)
+        base_model = None if Path(name).exists() else name
+        return build_fine_tuned_card(self.shared_name, self.model_name, results, base_model)

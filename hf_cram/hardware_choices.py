@@ -29,7 +29,8 @@ def check_device(args: CramTrainingArguments) -> None:
     """Raises `ValueError` for what the arguments tell and their device cannot do."""
     if (args.fp16 or args.mixed_precision == "fp16") and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, and the device is a CPU: use bf16, or neither")
-    if args.torch_compile and args.torch_compile_backend == "inductor" and not can_compile(args.device):
+    needs_compiler = args.torch_compile_backend == "inductor" and args.device.type in ("cpu", "cuda")
+    if args.torch_compile and needs_compiler and not can_compile(args.device):
         raise ValueError(f"torch_compile: {NO_COMPILER}")
 
 

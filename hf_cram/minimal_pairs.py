@@ -122,7 +122,10 @@ def load_model(
         tokenizer = read_tokenizer(name_or_path, trust_remote_code)
     except DataError as error:
         raise MinimalPairsError(str(error)) from error
-    except (LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except (
+        AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
         if is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)

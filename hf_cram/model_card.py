@@ -114,12 +114,15 @@ def build_model_card(
     return _with_evaluations(card, glue_results, minimal_pairs)
 
 
-def build_fine_tuned_card(model_name: str, results: Mapping[str, Any], base_model: str | None = None) -> ModelCard:
+def build_fine_tuned_card(
+    model_name: str, start: str, results: Mapping[str, Any] | None = None, base_model: str | None = None
+) -> ModelCard:
     """
     A card of a classifier, or of a regression, with its scores and how to load it.
 
     Args:
         model_name: title of the card.
+        start: what was fine-tuned, in words.
         results: the content of `glue_results.json`, of own data.
         base_model: what was fine-tuned, where it is a model of the Hub.
     """
@@ -134,7 +137,7 @@ def build_fine_tuned_card(model_name: str, results: Mapping[str, Any], base_mode
         data,
         template_path=str(FINE_TUNED_TEMPLATE),
         title=model_name,
-        start="random weights of the same shape" if results["from_scratch"] else results["model"],
+        start=start,
         empty_section=_marked(OWN_DATA_SECTION, ""),
     )
     return _with_evaluations(card, results, None)

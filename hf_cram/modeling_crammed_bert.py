@@ -408,7 +408,14 @@ def cross_entropy_loss(
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten().to(logits.device), reduction=reduction)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
+    return loss if num_items_in_batch is None else over_items(loss, num_items_in_batch)
+
+
+def over_items(total: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """A sum over some items of a batch as their part of its mean; the count may lie on another device."""
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
 
 
 @auto_docstring(
@@ -579,7 +586,7 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
             num_items = kwargs.get("num_items_in_batch")
             if num_items is not None and self.config.problem_type != "single_label_classification":
-                loss = loss * labels.numel() / num_items  # the library's loss is a mean over this micro-batch's alone
+                loss = over_items(loss * labels.numel(), num_items)  # the library's is a mean over these labels
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -14,7 +14,7 @@ from .checkpointing import CheckpointError, complete_checkpoints, read_clock, st
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".run.lock"
-WRITTEN_AT_THE_END = ("config.json", "model.safetensors", "README.md", "recipe.yaml")
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that have none
 LOCK_SECONDS = 10.0  # the loader's workers of a killed run hold its lock until they notice
 
@@ -82,24 +82,28 @@ def first_free(path: Path) -> Path:
 
 def move_earlier_run_aside(output_dir: Path) -> Path | None:
     """
-    Move the output of an earlier run, or any model, out of the way of a new run: nothing is overwritten.
+    Move the output of an earlier run, or any model or checkpoint, out of the way of a new run: nothing is overwritten.
 
     Returns where it went, `<output_dir>.previous-N`, or `None` where there was none.
     """
-    if read_clock(output_dir) is None and not any((output_dir / name).exists() for name in WRITTEN_AT_THE_END):
+    has_clock = read_clock(output_dir) is not None
+    has_model = any((output_dir / name).exists() for name in MODEL_FILES)
+    if not (has_clock or has_model or complete_checkpoints(output_dir)):
         return None
+    way_out = "name another --output_dir"
+    if has_clock:
+        way_out += ", or continue the run with --resume_from_checkpoint true"
     if Path.cwd().is_relative_to(output_dir.resolve()):
         raise CheckpointError(
-            f"{output_dir} holds an earlier run or a model, and is (or is above) the working folder, which cannot be moved: name "
-            "another --output_dir, or continue the run with --resume_from_checkpoint true"
+            f"{output_dir} holds an earlier run or a model, and is (or is above) the working folder, which cannot be "
+            f"moved: {way_out}"
         )
     target = first_free(output_dir.with_name(f"{output_dir.name}.previous"))
     try:
         os.rename(output_dir, target)
     except OSError as error:
         raise CheckpointError(
-            f"{output_dir} holds an earlier run or a model, and cannot be moved to {target} ({error.strerror}): name another "
-            "--output_dir, or continue the run with --resume_from_checkpoint true"
+            f"{output_dir} holds an earlier run or a model, and cannot be moved to {target} ({error.strerror}): {way_out}"
         ) from error
     output_dir.mkdir()
     return target

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from .data.collator import parse_phases
-from .data.errors import DataError, cause
+from .data.errors import DataError, system_cause
 from .data.pipeline import DataArguments, open_cache
 from .data.workers import available_workers
 from .files import write_json_atomically
@@ -100,7 +100,7 @@ def _tokens_per_second(
             write_json_atomically(path, {"tokens_per_second": speed})
         except OSError as error:
             raise DataError(
-                f"the cache {path.parent} cannot be written ({cause(error)}): set cache_dir, or "
+                f"the cache {path.parent} cannot be written ({system_cause(error)}): set cache_dir, or "
                 "max_train_tokens, which needs no measuring"
             ) from error
     return speed * training_args.world_size

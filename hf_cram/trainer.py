@@ -1,6 +1,7 @@
 """The Trainer that obeys a clock."""
 
 import contextlib
+import functools
 import logging
 import random
 import signal
@@ -322,8 +323,8 @@ class CramTrainer(Trainer):
         if self.args.embeddings_from_text and checkpoint is None and not self._has_trained:
             initialize_embeddings_from_text(self.model, self.train_dataset, self.args.seed)
         with memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size):
-            has_own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
-            if not (self._has_trained or has_own_loss) and self.model_accepts_loss_kwargs:
+            is_told = self.compute_loss_func is not None or self.loss_is_scaled_for_ga is not None
+            if not (self._has_trained or is_told) and self.model_accepts_loss_kwargs:
                 self.model_accepts_loss_kwargs = self._loss_follows_item_count()
             self._row_flops = self._measure_row_flops()
         self._has_trained, self._setup_seconds = True, 0.0
@@ -431,7 +432,8 @@ class CramTrainer(Trainer):
     def _measure_row_flops(self) -> float:
         """FLOPs of one training row, counted on one micro-batch of one row."""
         with keep_random_state():
-            return float(training_flops(self.model, self._one_row(), self.compute_loss))
+            compute_loss = functools.partial(self.compute_loss, num_items_in_batch=1)
+            return float(training_flops(self.model, self._one_row(), compute_loss))
 
     def _one_row(self, position: int = 0) -> dict[str, Any]:
         """A training batch of one row."""
@@ -440,14 +442,15 @@ class CramTrainer(Trainer):
     @torch.no_grad()
     def _loss_follows_item_count(self) -> bool:
         """
-        Whether the model divides its loss by the `num_items_in_batch` that it accepts. BERT and others take any keyword
+        Whether the loss is divided by the `num_items_in_batch` that the model accepts. BERT and others take any keyword
         and return the mean of the micro-batch: the Trainer then has to divide.
         """
         for position in range(TRIED_ROWS):
-            losses = []
+            losses: list[Any] = []
             for count in (1, 2):
                 with keep_random_state():  # the same masks and dropout
-                    losses.append(self.model.train()(**self._one_row(position), num_items_in_batch=count)[0])
+                    loss = self.compute_loss(self.model.train(), self._one_row(position), num_items_in_batch=count)
+                    losses.append(loss)
             if all(loss.isfinite() and loss != 0 for loss in losses):  # else no token of the row is masked
                 return not torch.equal(*losses)
         return True

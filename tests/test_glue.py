@@ -513,9 +513,16 @@ def test_a_folder_of_the_users_is_never_replaced(monkeypatch, glue_data, model_f
 def test_the_results_of_another_model_are_never_replaced(monkeypatch, glue_data, model_folder, tmp_path):
     arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
     run(monkeypatch, *arguments, "--save_models", "true")
+    renamed = model_folder.rename(tmp_path / "renamed")
+    run(monkeypatch, *arguments, "--model_name_or_path", renamed, "--save_models", "true")  # nothing is left to do
     before = (tmp_path / "out" / "glue_results.json").read_bytes()
-    other = shutil.copytree(model_folder, tmp_path / "other")
-    for more in (["--model_name_or_path", other], ["--from_scratch", "true"]):
+    other = tmp_path / "other" / "renamed"
+    retrained = CrammedBertForMaskedLM.from_pretrained(renamed)
+    retrained.decoder.weight.data += 1
+    retrained.save_pretrained(other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(renamed / name, other)
+    for more in (["--model_name_or_path", other], ["--model_name_or_path", renamed, "--from_scratch", "true"]):
         with pytest.raises(GlueError, match="holds the scores of another model: choose another folder"):
             run(monkeypatch, *arguments, *more)
     assert (tmp_path / "out" / "glue_results.json").read_bytes() == before

@@ -129,7 +129,7 @@ def train(run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pushed(train):
     """A run that pushes its checkpoints and its result, with nothing in the way."""
-    return train("crammed", "--time_budget", "2s", "--save_interval", "20%", "--save_total_limit", "1",
+    return train("crammed", "--time_budget", "3s", "--save_interval", "20%", "--save_total_limit", "1",
                  "--logging_interval", "25%", "--hub_private_repo", "true", "--language", "de", "--model_license", "mit")  # fmt: skip
 
 
@@ -240,10 +240,8 @@ def test_training_goes_on_where_there_is_no_hub(train, run):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        rows = ["--push_corpus_to_hub", "me/rows"]
-        status, log, out = train("absent", "--max_steps", "4", *rows, endpoint=endpoint)
+        status, log, out = train("absent", "--max_steps", "4", endpoint=endpoint)
         assert status == 0, log
-        assert "The rows are not published: " in log
         last = next(line for line in reversed(log.splitlines()) if COMMAND.search(line))
         assert "the Hub cannot be reached ([Errno 111] Connection refused)" in last
         assert COMMAND.search(last)[1] == f"{out} --hub_model_id me/absent"

@@ -127,6 +127,8 @@ def test_none_on_the_command_line_is_a_recipes_null():
         recipe, "--dataset_name", "none", "--train_files", "a.txt", "--time_budget", "none", "--max_steps", "5"
     )
     assert (data_args.dataset_name, data_args.train_files) == (None, ["a.txt"])
+    (mixed,), _ = parse_text(TEXT_RECIPES[0], "--sources", "none", "--train_files", "a.txt")
+    assert (mixed.sources, mixed.train_files) == (None, ["a.txt"])
     assert training_args.time_budget_seconds is None
 
 

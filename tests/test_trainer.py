@@ -241,7 +241,7 @@ def test_a_first_row_without_a_label_does_not_mislead(tokenizer, tmp_path):
 
 
 class Distilled(CramTrainer):
-    """A loss of one's own, which the model does not know."""
+    """A loss of one's own, which the model does not know: a mean over the micro-batch."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(input_ids=inputs["input_ids"])
@@ -249,17 +249,33 @@ class Distilled(CramTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def test_a_loss_of_ones_own_is_trained_and_its_flops_counted(tiny_config, tmp_path):
-    trainer = Distilled(
-        CrammedBertForMaskedLM(tiny_config),
-        make_arguments(tmp_path, max_steps=8, logging_strategy="steps", logging_steps=1),
-        train_dataset=Rows(64),
-        data_collator=lambda rows: {"input_ids": torch.tensor(np.stack([row["input_ids"] for row in rows]))},
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    assert trainer.budget_metrics()["training_flops"] > 0
+def sum_over_all(outputs, labels, num_items_in_batch):
+    return outputs[0].square().mean(-1).sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize("own", ["method", "function"])
+def test_a_loss_of_ones_own_is_trained_and_its_flops_counted(tiny_config, tmp_path, own):
+    """The same in one micro-batch and in four."""
+    logged = []
+    for rows in (4, 16):
+        set_seed(0)
+        trainer = (Distilled if own == "method" else CramTrainer)(
+            CrammedBertForMaskedLM(tiny_config),
+            make_arguments(
+                tmp_path / str(rows), max_steps=8, per_device_train_batch_size=rows, train_batch_rows=16,
+                logging_strategy="steps", logging_steps=1,
+            ),
+            train_dataset=Rows(64),
+            data_collator=lambda rows: {
+                name: torch.tensor(np.stack([row["input_ids"] for row in rows])) for name in ("input_ids", "labels")
+            },
+            compute_loss_func=sum_over_all if own == "function" else None,
+        )  # fmt: skip
+        trainer.train()
+        logged.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert trainer.budget_metrics()["training_flops"] > 0
+    assert logged[0][-1] < logged[0][0]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
 
 
 class StopAt(TrainerCallback):
@@ -587,11 +603,14 @@ def test_a_model_that_no_run_has_left_is_moved_aside_too(tiny_config, tokenizer,
     out = tmp_path / "out"
     CrammedBertForMaskedLM(tiny_config).save_pretrained(out)
     (out / "README.md").write_text("mine")
-    make_trainer(tiny_config, tokenizer, out, max_steps=1).train(resume_from_checkpoint=True)
-    assert {"README.md", "config.json", "model.safetensors"} <= {
-        path.name for path in (tmp_path / "out.previous-1").iterdir()
-    }
+    make_trainer(tiny_config, tokenizer, out, max_steps=2, save_interval="50%").train(resume_from_checkpoint=True)
+    moved = {path.name for path in (tmp_path / "out.previous-1").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors"} <= moved
     assert not (out / "README.md").exists()
+    (out / "clock.json").unlink()  # checkpoints of nobody knows what
+    make_trainer(tiny_config, tokenizer, out, max_steps=1).train()
+    assert last_checkpoint(tmp_path / "out.previous-2").name == "checkpoint-2"
+    assert last_checkpoint(out) is None
 
 
 def test_resuming_on_other_rows_is_refused(tiny_config, tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..files import flush_to_disk
-from .errors import DataError, cause
+from .errors import DataError, system_cause
 
 MANIFEST_NAME = "manifest.json"
 KEY = re.compile(r"([0-9a-f]{24}|[0-9a-f]{32})(\.export)?")  # what entries are named by
@@ -56,7 +56,9 @@ def cached_entry(
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"the cache {entry.parent} cannot be written ({cause(error)}): set cache_dir") from error
+        raise DataError(
+            f"the cache {entry.parent} cannot be written ({system_cause(error)}): set cache_dir"
+        ) from error
     return entry, False
 
 

@@ -45,7 +45,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def cause(error: BaseException) -> str:
+def system_cause(error: BaseException) -> str:
     """What the system says of a failed operation, in one line, without the file's name."""
     return getattr(error, "strerror", None) or first_line(error)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ..files import flush_to_disk
 from .data_card import build_data_card, draw_histogram
-from .errors import DataError, cause
+from .errors import DataError, system_cause
 from .ordering import OrderingArguments, score_rows
 from .packing import PackedRows
 from .published import (
@@ -66,7 +66,7 @@ def export_corpus(
         flush_to_disk(staged)
         os.rename(staged, folder)
     except OSError as error:
-        raise DataError(f"{folder} cannot be written ({cause(error)}): name another folder") from error
+        raise DataError(f"{folder} cannot be written ({system_cause(error)}): name another folder") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -78,7 +78,7 @@ def check_is_free(folder: Path) -> None:
         place = next(path for path in folder.parents if path.exists())
         is_writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
     except OSError as error:
-        raise DataError(f"{folder} cannot be used ({cause(error)}): name another folder") from error
+        raise DataError(f"{folder} cannot be used ({system_cause(error)}): name another folder") from error
     if not is_writable:
         raise DataError(f"{folder} cannot be made in {place}: name another folder")
     if not is_free:

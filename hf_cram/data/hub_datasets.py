@@ -13,7 +13,7 @@ import yaml
 import zstandard
 from huggingface_hub.errors import HTTPError
 
-from .errors import DataError, SkipReport, cause, first_line
+from .errors import DataError, SkipReport, first_line, system_cause
 from .input_files import files_below, fingerprint_files
 from .text_files import ReadProgress, check_documents, missing_column
 
@@ -75,7 +75,7 @@ def list_folder(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in files_below(folder) if path.is_file())
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({cause(error)})") from error
+        raise DataError(f"{error.filename}: cannot be read ({system_cause(error)})") from error
 
 
 def fingerprint_folder(folder: Path) -> str:

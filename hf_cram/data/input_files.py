@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, cause, shortened
+from .errors import DataError, shortened, system_cause
 from .steps import progress_bar
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
@@ -42,7 +42,7 @@ def expand_files(patterns: Iterable[str]) -> list[Path]:
                 files.setdefault(file.resolve(), file)
         except (OSError, RuntimeError) as error:  # the latter for an unknown user's home and links in a circle
             place = getattr(error, "filename", None) or pattern
-            raise DataError(f"{shortened(str(place))}: cannot be read ({cause(error)})") from error
+            raise DataError(f"{shortened(str(place))}: cannot be read ({system_cause(error)})") from error
     for file in files.values():
         if format_suffix(file) not in TEXT_SUFFIXES:
             raise DataError(f"{file}: unknown format, name one of {', '.join(TEXT_SUFFIXES)} (also .gz, .zst)")
@@ -92,7 +92,7 @@ def size_of_files(files: Iterable[Path]) -> int:
         try:
             total += file.stat().st_size
         except OSError as error:
-            raise DataError(f"{file}: cannot be read ({cause(error)})") from error
+            raise DataError(f"{file}: cannot be read ({system_cause(error)})") from error
     return total
 
 
@@ -107,7 +107,7 @@ def fingerprint_files(files: list[Path]) -> str:
             try:
                 content = _hash_file(file, bar.update)
             except OSError as error:
-                raise DataError(f"{file}: cannot be read ({cause(error)})") from error
+                raise DataError(f"{file}: cannot be read ({system_cause(error)})") from error
             digest.update(f"{format_suffix(file)}{compression_suffix(file)}".encode() + content)
     return digest.hexdigest()
 

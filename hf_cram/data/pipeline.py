@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .cache import cached_entry
 from .deduplication import DeduplicationArguments
-from .errors import DataError, cause
+from .errors import DataError, system_cause
 from .filtering import FilterArguments
 from .ordering import OrderingArguments
 from .packing import PackedRows, token_dtype
@@ -118,7 +118,7 @@ def open_cache(arguments: DataArguments) -> Path:
         cache = cache.expanduser()
         cache.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # the latter for an unknown user's home
-        raise DataError(f"cache_dir {cache} cannot be used: {cause(error)}") from error
+        raise DataError(f"cache_dir {cache} cannot be used: {system_cause(error)}") from error
     return cache
 
 

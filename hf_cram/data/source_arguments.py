@@ -101,6 +101,8 @@ class SourceArguments(SourceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.sources, str) and self.sources.lower() == "none":  # on the command line
+            self.sources = None
         if isinstance(self.sources, str):
             try:
                 self.sources = json.loads(self.sources)
@@ -117,7 +119,10 @@ class SourceArguments(SourceSettings):
             raise DataError(f"sources must map names to the fields of each source, got {self.sources!r}")
         for name in ("dataset_name", "dataset_config_name", "dataset_data_dir", "dataset_revision", "train_files"):
             if getattr(self, name) is not None:
-                raise DataError(f"sources and {name} are both set: put it among the sources, or set {name}: null")
+                raise DataError(
+                    f"sources and {name} are both set: put it among the sources, set {name}: null, or leave a recipe's "
+                    "sources out with --sources none"
+                )
         names = ("dataset_split", "streaming", "text_column", "text_file_documents", "max_document_characters")
         common = {name: getattr(self, name) for name in names}
         return {str(name): _mixed_source(str(name), values, common) for name, values in self.sources.items()}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from .compression import decompressed
-from .errors import DataError, SkipReport, cause, nearest, shortened
+from .errors import DataError, SkipReport, nearest, shortened, system_cause
 from .input_files import format_suffix
 
 PARQUET_BATCH_ROWS = 64
@@ -70,7 +70,7 @@ def read_files(
         except (
             EOFError, OSError, UnicodeDecodeError, pa.ArrowException, zlib.error, zstandard.ZstdError, csv.Error,
         ) as error:  # fmt: skip
-            raise DataError(f"{file}: cannot be read ({cause(error)})") from error
+            raise DataError(f"{file}: cannot be read ({system_cause(error)})") from error
         if not good and skipped.counts:
             count = skipped.counts.total()
             raise DataError(f"{file}: none of its {count} documents can be used ({skipped.describe()})")

@@ -24,8 +24,8 @@ NON_ASCII = r"[^\x00-\x7f]"
 WORD_CHARACTERS = string.ascii_lowercase + string.digits
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(WORD_CHARACTERS) * 2 + len(string.punctuation)
 SMALLEST_ALPHABET = 3  # ordinary tokens of a tokenizer that can read anything
-JUDGED_LETTERS, CHARACTERS_OF_A_DOCUMENT = 200_000, 10_000
-LOST_LETTERS_TOLD, LOST_LETTERS_REFUSED = 0.01, 0.5
+JUDGED_CHARACTERS = 200  # of a document
+LOST_LETTERS_TOLD, LOST_LETTERS_REFUSED = 0.01, 0.9
 
 
 def _untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
@@ -54,7 +54,7 @@ def train_tokenizer(
 
     The same documents give the same vocabulary. Special tokens are `[PAD]` 0, `[UNK]` 1, `[CLS]` 2, `[SEP]` 3,
     `[MASK]` 4; sequences and pairs are wrapped as BERT's. Letters beyond ASCII are left out (accents only are taken
-    off): a text that would lose some gets a warning, and [`DataError`] is raised for one that would lose most.
+    off): a text that would lose some gets a warning, and [`DataError`] is raised for one that would lose nearly all.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(f"vocab_size must be at least {SMALLEST_VOCABULARY} (special tokens, letters, digits, signs)")
@@ -89,33 +89,24 @@ def train_tokenizer(
 
 
 def _with_letters_judged(documents: Iterable[str], normalize: Callable[[str], str]) -> Iterator[str]:
-    """Pass the documents on, and tell what the first of them lose of their letters."""
+    """Pass the documents on, and tell at their end what the beginnings of all of them lose of their letters."""
     letters = kept = 0
-    is_judged = False
     for document in documents:
-        if not is_judged:
-            text = document[:CHARACTERS_OF_A_DOCUMENT]
-            letters += _count_letters(text)
-            kept += _count_letters(normalize(text))
-            if letters >= JUDGED_LETTERS:
-                _judge_letters(letters, kept)
-                is_judged = True
+        beginning = document[:JUDGED_CHARACTERS]
+        count = _count_letters(beginning)
+        letters += count
+        kept += count if beginning.isascii() else _count_letters(normalize(beginning))
         yield document
-    if not is_judged:
-        _judge_letters(letters, kept)
-
-
-def _count_letters(text: str) -> int:
-    return sum(map(str.isalpha, text))
-
-
-def _judge_letters(letters: int, kept: int) -> None:
-    lost = 1 - kept / max(letters, 1)
+    lost = (letters - kept) / max(letters, 1)
     told = f"{lost:.0%} of the text's letters are not ASCII, and a tokenizer trained here leaves them out"
     if lost > LOST_LETTERS_REFUSED:
         raise DataError(f"{told}: name an existing one with tokenizer_name")
     if lost > LOST_LETTERS_TOLD:
         logger.warning("%s; tokenizer_name names an existing one", told)
+
+
+def _count_letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
 
 
 def read_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

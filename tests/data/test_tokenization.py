@@ -47,15 +47,16 @@ def test_a_text_too_small_for_the_vocabulary_warns(caplog):
     assert "[UNK]" not in small.tokenize("completely different words 123 #!?")
 
 
-@pytest.mark.parametrize("times", [1, 10_000])
-def test_letters_that_are_lost_are_told(caplog, times):
+def test_letters_that_are_lost_are_told(caplog):
+    times = 100
     with pytest.raises(DataError, match="^100% of the text's letters are not ASCII, .*tokenizer_name"):
         train_tokenizer(["Привет, мир 2024!"] * times, 160, show_progress=False)
     train_tokenizer(["Straße und Größe"] * times, 160, show_progress=False)
     assert "14% of the text's letters are not ASCII" in caplog.text
     caplog.clear()
-    train_tokenizer(["El niño comió después"] * times, 160, show_progress=False)
-    assert "ASCII" not in caplog.text
+    for harmless in (["El niño comió después"] * times, ["12 34 56"] * times, []):
+        train_tokenizer(harmless, 160, show_progress=False)
+        assert "ASCII" not in caplog.text
 
 
 def test_a_vocabulary_below_the_alphabet_is_refused():
