@@ -69,8 +69,9 @@ class RunState:
 def read_json(path: Path, *required: str) -> dict[str, Any]:
     """The object in the JSON file `path`. Raises `OSError`, and `ValueError` where it is none or lacks a key."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    missing = [key for key in required if key not in values] if isinstance(values, dict) else required
-    if missing:
+    if not isinstance(values, dict):
+        raise ValueError("no object of names and values")
+    if missing := [key for key in required if key not in values]:
         raise ValueError(f"no {', '.join(missing)}")
     return values
 

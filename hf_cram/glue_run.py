@@ -13,7 +13,6 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from tqdm import tqdm
 
-from .checkpointing import read_json
 from .classifier import fingerprint, hash_of, load_tokenizer, longest_example, name_model
 from .files import write_json_atomically
 from .fine_tuning import FineTuner
@@ -31,6 +30,7 @@ from .glue import (
 )
 from .glue_data import GLUE_NAME, TaskData, load_glue_task, load_own_task
 from .glue_encoding import EncodedTask, encode_task
+from .glue_folder import DEFAULT_OUTPUT_DIR, KEPT_NAME, check_replaceable, output_folder, read_object
 from .glue_outputs import (
     CHART_NAME,
     PAIRS_NAME,
@@ -49,9 +49,7 @@ from .output_folder import first_free
 
 logger = logging.getLogger(__name__)
 
-KEPT_NAME = "fine_tuned_from.json"  # beside a kept model: the pair it belongs to
 MOST_SEEDS = 10_000  # a larger number is a seed, whose comma is missing
-DEFAULT_OUTPUT_DIR = "trainer_output"  # the Trainer's own default
 
 
 @dataclass
@@ -124,46 +122,6 @@ def parse_seeds(name: str, text: str) -> list[int]:
     if not numbers or not (1 if is_count else 0) <= min(numbers) <= max(numbers) < (MOST_SEEDS if is_count else 2**32):
         raise GlueError(f"{name} must be a number of seeds or a comma-separated list of them, got {text!r}")
     return list(range(1, numbers[0] + 1)) if is_count else numbers
-
-
-def output_folder(encoder: EncoderArguments, output_dir: str | None, endings: Sequence[str] = ()) -> Path:
-    """
-    Where the results go: `output_dir`, or the model's own folder where it is a local one, else `out/glue/<model>`.
-
-    Results from scratch, and those that have `endings` (own data, another metric), never go into the folder of the
-    pretrained model, but beside it: `<folder>-<ending>-from-scratch`.
-    """
-    if output_dir and output_dir != DEFAULT_OUTPUT_DIR:
-        return Path(output_dir)
-    folder = Path(encoder.model_name_or_path).resolve()
-    if not folder.is_dir():
-        folder = Path("out", "glue", folder.name)
-    return folder.with_name("-".join([folder.name, *endings, *(["from-scratch"] if encoder.from_scratch else [])]))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file or it holds anything else."""
-    try:
-        values = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def check_replaceable(folder: Path, is_ours: Callable[[dict[str, Any]], bool]) -> None:
-    """
-    Raise [`GlueError`] for a folder that holds something else than a model which an earlier run has kept there, and
-    `is_ours` knows by what it has written beside it.
-    """
-    is_replaceable = folder.is_dir() and not folder.is_symlink()
-    if is_replaceable and any(folder.iterdir()):
-        kept = read_object(folder / KEPT_NAME)
-        is_replaceable = bool(kept) and is_ours(kept)
-    if not is_replaceable and (folder.exists() or folder.is_symlink()):
-        raise GlueError(
-            f"output_dir: the fine-tuned model would take the place of {folder}, which holds something else: choose "
-            "another --output_dir"
-        )
 
 
 def fill_up(bar: tqdm, end: float, share: float) -> None:

@@ -22,6 +22,16 @@ REPLACED_FIELDS = {
     "warmup_steps": "the warmup of lr_scheduler_kwargs, a fraction of the budget",
     "lr_scheduler_type": "lr_schedule",
 }
+REFUSED_FIELDS = {
+    "bf16_full_eval": "has no place here: evaluation has the precision of training; leave it out",
+    "fp16_full_eval": "has no place here: evaluation has the precision of training; leave it out",
+    "remove_unused_columns": "has no place here: drop the columns from the data set, or leave it out",
+    "save_only_model": "would leave checkpoints that no run can continue from: leave it out",
+    "load_best_model_at_end": "has no place under a budget: the last model is the result; leave it out",
+    "metric_for_best_model": "has no place under a budget: the last model is the result; leave it out",
+    "hub_always_push": "has no place here: while one push runs, the newest checkpoint waits",
+    "auto_find_batch_size": "restarts training inside the clock: set per_device_train_batch_size",
+}
 STEPS_OF_STRATEGY = {
     "save_steps": ("save_strategy", "save_interval"),
     "logging_steps": ("logging_strategy", "logging_interval"),
@@ -246,29 +256,14 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(
                 f"train_sampling_strategy must be {' or '.join(SAMPLING_STRATEGIES)}, got {self.train_sampling_strategy!r}"
             )
-        for name in ("bf16_full_eval", "fp16_full_eval"):
+        for name, reason in REFUSED_FIELDS.items():
             if getattr(self, name):
-                raise ValueError(f"{name} has no place here: evaluation has the precision of training; leave it out")
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns has no place here: drop the columns from the data set, or leave it out"
-            )
-        if self.save_only_model:
-            raise ValueError("save_only_model would leave checkpoints that no run can continue from: leave it out")
-        for name in ("load_best_model_at_end", "metric_for_best_model"):
-            if getattr(self, name):
-                raise ValueError(f"{name} has no place under a budget: the last model is the result; leave it out")
+                raise ValueError(f"{name} {reason}")
         if self.save_strategy == "best":
             raise ValueError("save_strategy: best has no place under a budget: set save_interval")
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE, "end", "every_save"):
             raise ValueError(
                 "hub_strategy would upload the optimiser's state, which is not safetensors: use every_save or end"
-            )
-        if self.hub_always_push:
-            raise ValueError("hub_always_push has no place here: while one push runs, the newest checkpoint waits")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size restarts training inside the clock: set per_device_train_batch_size"
             )
         if self.per_device_train_batch_size < 1:
             raise ValueError(f"per_device_train_batch_size must be at least 1, got {self.per_device_train_batch_size}")

@@ -38,7 +38,7 @@ LAYERS = [
     },
     {"output_folder", "hardware_choices", "resuming"},
     {"trainer", "recipes", "fine_tuning_args", "glue_data", "glue_outputs"},
-    {"script_args", "classifier", "glue_encoding"},
+    {"script_args", "classifier", "glue_encoding", "glue_folder"},
     {"fine_tuning", "model_card", "report", "text_budget", "memory"},
     {"glue_run", "minimal_pairs", "plan", "prepare"},
 ]
