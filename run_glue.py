@@ -10,12 +10,14 @@ The recipe is a YAML file of the fields below; the command line overrides it.
 import logging
 import os
 import sys
+from pathlib import Path
 
 import datasets
 
 import hf_cram  # noqa: F401 registers the crammed BERT with the Auto classes
 from hf_cram.data.errors import first_line
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
+from hf_cram.glue import GlueError
 from hf_cram.glue_outputs import RESULTS_NAME, results_table
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
 from hf_cram.hardware import OUT_OF_MEMORY, is_out_of_memory
@@ -37,22 +39,24 @@ def main() -> None:
         use_all_cores(os.environ)
 
     run = GlueRun(encoder, glue, training_args)
+    shared_folder = run.shared_folder
+    if training_args.push_to_hub and shared_folder is None:
+        raise GlueError(
+            f"push_to_hub: the results in {run.output_dir} belong to no model of a local folder, and nothing could be "
+            "pushed: leave it out, or keep the model of your own data by save_models"
+        )
     chosen = run.search(training_args)
     results = run.run(chosen, parse_seeds("seeds", glue.seeds), keep_model=glue.keeps_models)
     if is_main:
         run.write(results)
         print(results_table(results, run.tasks))
         print(run.output_dir / RESULTS_NAME)
-        if training_args.push_to_hub:
-            push(run, training_args)
+        if training_args.push_to_hub and shared_folder is not None:
+            push(run, shared_folder, training_args)
 
 
-def push(run: GlueRun, training_args: FineTuningArguments) -> None:
+def push(run: GlueRun, folder: Path, training_args: FineTuningArguments) -> None:
     """Push the model with its results and its card, or of own data the fine-tuned model."""
-    folder = run.shared_folder
-    if folder is None:
-        logger.warning("Nothing is pushed: the results in %s belong to no model of a local folder", run.output_dir)
-        return
     model_id = training_args.hub_model_id or run.shared_name
     target = HubTarget(model_id, training_args.hub_private_repo, training_args.hub_revision)
     push_or_warn(folder, target, "Add GLUE results" if run.own_data is None else "Fine-tuned model")

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .data.errors import first_line
-from .files import flush_to_disk, write_json_atomically
+from .files import flush_to_disk, read_json, write_json_atomically
 from .hardware import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class RunState:
     elapsed_seconds: float = 0.0
     rows_seen: int = 0
     tokens_seen: int = 0
+    training_flops: float = 0.0
     skipped_steps: int = 0
     dataset_id: str | None = None
     # What the first session measured, or was told: the later ones compute alike.
@@ -64,16 +65,6 @@ class RunState:
                 "pass --resume_from_checkpoint true for the last complete one in the output folder"
             ) from error
         return cls(**{name: values[name] for name in (spec.name for spec in fields(cls)) if name in values})
-
-
-def read_json(path: Path, *required: str) -> dict[str, Any]:
-    """The object in the JSON file `path`. Raises `OSError`, and `ValueError` where it is none or lacks a key."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError("no object of names and values")
-    if missing := [key for key in required if key not in values]:
-        raise ValueError(f"no {', '.join(missing)}")
-    return values
 
 
 def read_clock(output_dir: Path) -> dict[str, Any] | None:
@@ -183,13 +174,11 @@ class Heartbeat:
     Args:
         output_dir: where `clock.json` goes.
         values: returns the current content; called in the thread.
-        period_seconds: seconds between two beats.
     """
 
-    def __init__(self, output_dir: Path, values: Callable[[], dict[str, Any]], period_seconds: float = 1.0):
+    def __init__(self, output_dir: Path, values: Callable[[], dict[str, Any]]):
         self.path = output_dir / CLOCK_NAME
         self.values = values
-        self.period_seconds = period_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="hf_cram-heartbeat", daemon=True)
         self._warned = False
@@ -205,7 +194,7 @@ class Heartbeat:
         self._write()
 
     def _beat(self) -> None:
-        while not self._stopped.wait(self.period_seconds):
+        while not self._stopped.wait(1.0):
             self._write()
 
     def _write(self) -> None:

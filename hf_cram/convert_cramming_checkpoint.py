@@ -29,7 +29,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from .configuration_crammed_bert import SIZES, CrammedBertConfig
 from .data.errors import DataError
 from .data.tokenization import read_tokenizer
-from .files import flush_to_disk
+from .files import flush_to_disk, read_json
 from .modeling_crammed_bert import (
     CrammedBertForMaskedLM,
     CrammedBertForSequenceClassification,
@@ -116,7 +116,10 @@ RENAMED = (
 # Their class: ours, and the names of its head.
 HEADS: dict[str, tuple[type[CrammedBertPreTrainedModel], tuple[tuple[str, str], ...]]] = {
     "ScriptableLMForPreTraining": (CrammedBertForMaskedLM, (("head.", "prediction_head."),)),
-    "ScriptableLMForSequenceClassification": (CrammedBertForSequenceClassification, (("classifier.", "head."),)),
+    "ScriptableLMForSequenceClassification": (
+        CrammedBertForSequenceClassification,
+        (("classifier.dense.", "pooler.dense."), ("classifier.out_proj.", "head.")),
+    ),
 }
 
 
@@ -369,17 +372,14 @@ def paper_from_tensors(
     return theirs | computed_tensors(config, tensors[embedding].dtype)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The object in `path`. Raises [`ConversionError`] for a file that is missing or holds anything else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError as error:
         raise ConversionError(f"there is no {path}: IN must be a folder with config.json and weights") from error
-    except (OSError, RecursionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read ({error}): is it truncated?") from error
-    if not isinstance(values, dict):
-        raise ConversionError(f"{path} is not an object of names and values")
-    return values
 
 
 def find_weights(folder: Path) -> Path:
@@ -470,7 +470,7 @@ def prepare(source: Path) -> tuple[Callable[[Path], object], str]:
     if not source.exists():
         raise ConversionError(f"there is no {source}: name a folder with config.json and weights")
     folder = source if source.is_dir() else source.parent
-    values = read_json(folder / "config.json")
+    values = read_config(folder / "config.json")
     if values.get("model_type") == PAPER_MODEL_TYPE:
         model = from_paper(values, folder, find_weights(folder) if source.is_dir() else source)
         return model.save_pretrained, type(model).__name__

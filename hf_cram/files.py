@@ -35,6 +35,19 @@ def write_atomically(folder: Path, contents: Mapping[str, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
+def read_json(path: Path, *required: str) -> dict[str, Any]:
+    """The object in the JSON file `path`. Raises `OSError`, and `ValueError` where it is none or lacks a key."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("not an object of names and values")
+    if missing := [key for key in required if key not in values]:
+        raise ValueError(f"no {', '.join(missing)}")
+    return values
+
+
 def write_json_atomically(path: Path, values: dict[str, Any]) -> None:
     """Replace `path` by the new content in one step."""
     write_atomically(path.parent, {path.name: json.dumps(values).encode() + b"\n"})

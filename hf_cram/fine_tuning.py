@@ -30,6 +30,7 @@ from .glue import GlueError
 from .glue_data import TaskData
 from .glue_encoding import EncodedTask
 from .hardware import bf16_trains_faster
+from .modeling_crammed_bert import CrammedBertForSequenceClassification
 from .optimization import decayed_parameter_names
 
 
@@ -141,12 +142,13 @@ class FineTuner:
             callbacks=[ProgressCallback(advance)],
         )
         trainer.remove_callback(PrinterCallback)
-        if task.data.is_regression:
-            # transformers' loss of a regression is a mean whatever it is told of the batch: the Trainer has to divide.
+        if not isinstance(model, CrammedBertForSequenceClassification):
+            # The loss of most models is a mean whatever it is told of the step: the Trainer has to divide.
             trainer.model_accepts_loss_kwargs = False
         started = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - started
+        args.dataloader_drop_last = False  # meant for training: every example is scored
         scores = {
             column: score(predict(trainer, split, task.data), [example["label"] for example in split])
             for column, split in task.validation.items()

@@ -4,12 +4,21 @@ import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from .training_args import OpenPrecisionArguments
 
 DEFAULTS = {spec.name: spec.default for spec in fields(TrainingArguments)}
+# Fields of the Trainer that would change or break the scores, which the setting does not tell.
+REFUSED_FIELDS = {
+    "bf16_full_eval": "has no place here: scores have the precision of training; leave it out",
+    "fp16_full_eval": "has no place here: scores have the precision of training; leave it out",
+    "auto_find_batch_size": "would train with another batch than the results tell: set per_device_train_batch_size",
+    "prediction_loss_only": "would leave no predictions to score: leave it out",
+    "eval_do_concat_batches": "has no place here: predictions are scored together; leave it out",
+}
 
 
 @dataclass
@@ -88,7 +97,13 @@ class FineTuningArguments(OpenPrecisionArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Unused here: examples hold inputs only."})
 
     def __post_init__(self) -> None:
+        for name, reason in REFUSED_FIELDS.items():
+            if getattr(self, name) != DEFAULTS[name]:
+                raise ValueError(f"{name} {reason}")
         super().__post_init__()
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("layer_lr_decay", "head_lr_multiplier", "embedding_lr_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -99,6 +114,16 @@ class FineTuningArguments(OpenPrecisionArguments):
             raise ValueError("an interrupted run goes on by itself: leave out resume_from_checkpoint")
         if self.optim_args or self.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError("fine-tuning is done with AdamW, by the paper's protocol: leave out optim and optim_args")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """What the Trainer would notice only after a model was loaded."""
+        schedule = SchedulerType(self.lr_scheduler_type)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        try:
+            get_scheduler(schedule, optimizer, 0, 1000, self.lr_scheduler_kwargs)  # type: ignore[arg-type]
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ValueError(f"lr_scheduler_kwargs do not suit lr_scheduler_type {schedule.value}: {error}") from error
 
     def with_seed(self, seed: int) -> "FineTuningArguments":
         """A copy for one seed."""

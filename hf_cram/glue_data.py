@@ -201,21 +201,31 @@ def _number_labels(
     feature = splits["train"].features["label"]
     if not isinstance(feature, Value | ClassLabel):
         raise GlueError(f"{files['train']}: column {label_column!r} must hold one text or number a row")
-    values = sorted(set(splits["train"]["label"]))
-    names = tuple(str(value) for value in values)
-    if isinstance(feature, ClassLabel):
-        names, values = tuple(feature.names), list(range(len(feature.names)))
+    classes = feature.names if isinstance(feature, ClassLabel) else sorted(set(splits["train"]["label"]))
+    names = tuple(str(name) for name in classes)
     if len(names) < 2:
         raise GlueError(f"{files['train']}: all rows have the label {names[0]!r}: nothing to learn")
-    # By name: each file of csv or json is typed alone, and one may hold numbers where another holds text.
-    numbers = {str(value): number for number, value in enumerate(values)}
+    # By name: each file is typed alone. One may hold numbers where another holds text, or number the classes otherwise.
+    numbers = {name: number for number, name in enumerate(names)}
     numbered = {}
     for split, dataset in splits.items():
         if "label" in dataset.column_names:
-            labels = [str(value) for value in dataset["label"]]
+            labels = _label_texts(dataset)
             unknown = set(labels) - set(numbers)
             if unknown and split != "test":
-                raise GlueError(f"{files[split]}: label {min(unknown)!r} does not occur in training")
+                raise GlueError(
+                    f"{files[split]}: label {min(unknown)!r} does not occur in training, where labels are like "
+                    f"{names[0]!r}"
+                )
             dataset = dataset.remove_columns("label").add_column("label", [numbers.get(value, -1) for value in labels])
         numbered[split] = dataset
     return names, DatasetDict(numbered)
+
+
+def _label_texts(dataset: Dataset) -> list[str]:
+    """The label of each row as text: its name, where the file names its numbers (all but -1, which stands for none)."""
+    feature = dataset.features["label"]
+    if not isinstance(feature, ClassLabel):
+        return [str(value) for value in dataset["label"]]
+    names = dict(enumerate(feature.names))
+    return [str(names.get(value, f"class {value}")) for value in dataset["label"]]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpointing import read_json
+from .files import read_json
 from .fine_tuning_args import EncoderArguments
 from .glue import GlueError
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -92,6 +93,21 @@ def headline_entry(results: Mapping[str, Any], column: str, headline: str) -> di
     """Median and values of a column's headline metric, or of the first where another metric was asked for."""
     metrics = results["tasks"][column]
     return metrics.get(headline, next(iter(metrics.values())))
+
+
+def is_fuller(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether earlier results of the same weights are of more columns, more seeds, or more training examples."""
+    if not earlier or earlier.get("model_id", results["model_id"]) != results["model_id"]:
+        return False
+    sizes = [
+        (
+            len(told.get("tasks") or ()),
+            len(told.get("seeds") or ()),
+            (told.get("setting") or {}).get("max_train_samples") or math.inf,
+        )
+        for told in (earlier, results)
+    ]
+    return any(had > has for had, has in zip(*sizes, strict=True))
 
 
 def draw_chart(results: Mapping[str, Any], tasks: Sequence[Task], name: str, path: Path) -> None:

@@ -28,7 +28,7 @@ from .glue import (
     load_metric,
     numbers_of,
 )
-from .glue_data import GLUE_NAME, TaskData, load_glue_task, load_own_task
+from .glue_data import DIAGNOSTIC, GLUE_NAME, TaskData, load_glue_task, load_own_task
 from .glue_encoding import EncodedTask, encode_task
 from .glue_folder import DEFAULT_OUTPUT_DIR, KEPT_NAME, check_replaceable, output_folder, read_object
 from .glue_outputs import (
@@ -39,6 +39,7 @@ from .glue_outputs import (
     PairLog,
     draw_chart,
     headline_entry,
+    is_fuller,
     median_seed,
     prediction_path,
     write_predictions,
@@ -93,13 +94,17 @@ class GlueArguments:
             raise ValueError(
                 f"max_train_samples must be at least 1, got {self.max_train_samples}; leave it out for all"
             )
+        if any(size < 1 for size in self.search_batch_size):
+            raise ValueError(f"search_batch_size must be at least 1, got {min(self.search_batch_size)}")
         for name in ("seeds", "search_seeds"):
             parse_seeds(name, getattr(self, name))
         if self.uses_own_data and (self.tasks or self.glue_data):
             raise ValueError("train_file is data of your own: leave out tasks and glue_data, which are GLUE's")
-        for name in ("validation_file", "test_file", "text_columns", "regression", "task_name"):
-            if getattr(self, name) and not self.uses_own_data:
-                raise ValueError(f"{name} belongs to data of your own: name a train_file with it, or leave it out")
+        own = ("validation_file", "test_file", "text_columns", "regression", "task_name")
+        given = [name for name in own if getattr(self, name)]
+        given += ["label_column"] if self.label_column != GlueArguments.label_column else []
+        if given and not self.uses_own_data:
+            raise ValueError(f"{given[0]} belongs to data of your own: name a train_file with it, or leave it out")
 
     @property
     def keeps_models(self) -> bool:
@@ -229,9 +234,15 @@ class GlueRun:
 
     def setting_id(self, args: FineTuningArguments) -> str:
         """Names what decides the scores of every task."""
-        metric = Path(self.glue.metric or "")
         settings = [self.encoder_id, args.setting, self.glue.max_train_samples, self.glue.metric]
-        return hash_of(settings, [metric] if metric.is_file() else [])
+        return hash_of(settings, self._metric_files())
+
+    def _metric_files(self) -> list[Path]:
+        """The script of another metric, with those beside it where it was named by its folder."""
+        if self.glue.metric is None:
+            return []
+        path = Path(self.glue.metric)
+        return [path] if path.is_file() else sorted(path.glob("*.py"))
 
     def data_id(self, task: Task) -> str:
         """Names the data of a task: by content, where it lies in files."""
@@ -243,7 +254,9 @@ class GlueRun:
             return hash_of([glue.text_columns, glue.label_column, glue.regression], files)
         if glue.glue_data is None:
             return GLUE_NAME
-        return hash_of(task.name, sorted(Path(glue.glue_data, task.name).glob("*.parquet")))
+        folders = [task.name, *([DIAGNOSTIC] if task.name == "mnli" else [])]
+        files = [path for name in folders for path in sorted(Path(glue.glue_data, name).glob("*.parquet"))]
+        return hash_of(task.name, files)
 
     def run(
         self, args: FineTuningArguments, seeds: Sequence[int], title: str = "", keep_model: bool = False
@@ -379,10 +392,15 @@ class GlueRun:
             column = next(iter(task.validation_splits))
             values = headline_entry(results, column, headlines[column])["values"]
             seed = median_seed(dict(zip(results["seeds"], values, strict=True)))
-            for file_name in (*task.test_splits, *(["AX"] if task.name == "mnli" else [])):
+            for file_name in self.data[task.name].test:
                 path = self._prediction_path(results["setting_id"], task, file_name, seed)
                 if path.exists():
                     files[file_name] = path
+                else:
+                    logger.warning(
+                        "%s is not in the submission, since %s is gone: name another --output_dir to have it predicted",
+                        file_name, path,
+                    )  # fmt: skip
         if files:
             write_submission(folder / SUBMISSION_NAME, files)
         elif (earlier := folder / SUBMISSION_NAME).exists():  # of other data, or other tasks
@@ -411,6 +429,12 @@ class GlueRun:
         """Put the results beside a local model, and into its card: they are pushed with it."""
         folder = self.shared_folder
         if folder is None:
+            return
+        if is_fuller(read_object(folder / RESULTS_NAME), results):
+            logger.warning(
+                "The results are in %s alone: those in %s are of more columns, seeds or training examples, and stay",
+                self.output_dir, folder,
+            )  # fmt: skip
             return
         told = results if self.glue.metric is None else None  # the unit of another metric is not known
         try:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from .data.errors import DataError, first_line
 from .data.tokenization import read_tokenizer
-from .files import write_json_atomically
+from .files import read_json, write_json_atomically
 from .hardware import NO_COMPILER, can_compile, is_out_of_memory
 from .minimal_pair_sources import MinimalPair, MinimalPairsError, read_pairs
 from .model_card import ModelCardError, update_model_card
@@ -200,6 +200,23 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def check_output_dir(output_dir: Path, model_folder: Path, model_name: str) -> None:
+    """Raise [`MinimalPairsError`] for a folder with another model, or with the scores of one."""
+    if output_dir.resolve() == model_folder.resolve():
+        return
+    if (output_dir / "config.json").is_file():
+        raise MinimalPairsError(
+            f"--output_dir: {output_dir} holds a model, and these would not be the scores of it: name another folder"
+        )
+    path = output_dir / RESULTS_NAME
+    try:
+        scored = read_json(path).get("model", model_name)
+    except (OSError, ValueError):  # nothing that could be lost
+        return
+    if scored != model_name:
+        raise MinimalPairsError(f"--output_dir: {path} holds the scores of another model: name another folder")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the pairs, print a table, write `minimal_pairs_results.json`, and put the result into the model's card."""
     parser = build_parser()
@@ -209,7 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} must be at least 1")
     model_folder = Path(options.model)
     output_dir = options.output_dir or (model_folder if model_folder.is_dir() else Path("."))
+    # A folder's name only: the file travels with the checkpoint, and the rest of the path is nobody's business.
+    model_name = model_folder.resolve().name if model_folder.is_dir() else options.model
     try:
+        check_output_dir(output_dir, model_folder, model_name)
         output_dir.mkdir(parents=True, exist_ok=True)
         pairs = read_pairs(options.pairs, options.limit)
         transformers_logging.disable_progress_bar()  # one bar, over the tokens
@@ -217,8 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_fast(model, tokenizer, pairs, options.bf16, options.torch_compile)
         results = {
             "bf16": model.dtype == torch.bfloat16,
-            # A folder's name only: the file travels with the checkpoint, and the rest of the path is nobody's business.
-            "model": model_folder.resolve().name if model_folder.is_dir() else options.model,
+            "model": model_name,
             **score_pairs(model, tokenizer, pairs, options.batch_tokens, show_progress=True),
         }
         print(results_table(results))

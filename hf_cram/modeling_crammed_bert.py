@@ -73,7 +73,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 def take_positions(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The tokens at `positions` (B, K) of each row: (B, L, H) -> (B, K, H)."""
     rows = torch.arange(hidden_states.shape[0], device=hidden_states.device).unsqueeze(1)  # (B, 1)
-    return hidden_states[rows, positions]
+    return hidden_states[rows, positions.to(hidden_states.device)]
 
 
 def take_table_rows(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -86,6 +86,12 @@ def build_norm(config: CrammedBertConfig) -> nn.Module:
     """LayerNorm or RMSNorm over the hidden size, as configured."""
     norm_class = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
     return norm_class(config.hidden_size, eps=config.norm_eps)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the weight is all there is to `module`: no adapter or quantised layer in its place, no hook on it."""
+    has_hooks = bool(module._forward_pre_hooks or module._forward_hooks) or hasattr(module, "_hf_hook")
+    return type(module) is nn.Linear and not has_hooks
 
 
 class CrammedBertSinusoidalPositions(nn.Module):
@@ -196,14 +202,16 @@ class CrammedBertAttention(nn.Module):
         self, hidden_states: torch.Tensor, output_positions: torch.LongTensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, N, L or K, D), keys and values (B, N, L, D)."""
-        if output_positions is None:
+        if output_positions is not None and is_plain_linear(self.query_key_value):
+            # One matrix, but the queries of the other tokens are not wanted.
+            size, weight, bias = hidden_states.shape[-1], self.query_key_value.weight, self.query_key_value.bias
+            biases = (None, None) if bias is None else (bias[:size], bias[size:])
+            query = nn.functional.linear(take_positions(hidden_states, output_positions), weight[:size], biases[0])
+            key, value = nn.functional.linear(hidden_states, weight[size:], biases[1]).chunk(2, dim=-1)
+        else:
             query, key, value = self.query_key_value(hidden_states).chunk(3, dim=-1)
-            return self.split_heads(query), self.split_heads(key), self.split_heads(value)
-        # One matrix, but the queries of the other tokens are not wanted.
-        size, weight, bias = hidden_states.shape[-1], self.query_key_value.weight, self.query_key_value.bias
-        biases = (None, None) if bias is None else (bias[:size], bias[size:])
-        query = nn.functional.linear(take_positions(hidden_states, output_positions), weight[:size], biases[0])
-        key, value = nn.functional.linear(hidden_states, weight[size:], biases[1]).chunk(2, dim=-1)
+            if output_positions is not None:
+                query = take_positions(query, output_positions)
         return self.split_heads(query), self.split_heads(key), self.split_heads(value)
 
     def forward(
@@ -359,13 +367,19 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         length = tokens.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"A sequence of {length} tokens is longer than max_position_embeddings "
-                f"({self.config.max_position_embeddings}): truncate it, or raise max_position_embeddings"
-            )
+        # Flash attention finds the borders of packed sequences in these.
+        is_packed = position_ids is not None or kwargs.get("cu_seq_lens_q") is not None
         if position_ids is None:
+            if length > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"A sequence of {length} tokens is longer than max_position_embeddings "
+                    f"({self.config.max_position_embeddings}): truncate it, or load the model with "
+                    "from_pretrained(..., max_position_embeddings=...)"
+                )
             position_ids = torch.arange(length, device=tokens.device).unsqueeze(0)  # (1, L)
+        else:
+            position_ids = position_ids.reshape(-1, length)
+            kwargs["position_ids"] = position_ids
 
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, L, H)
         attention_mask = create_bidirectional_mask(
@@ -373,7 +387,9 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         )
         rotary_positions = None if self.rotary_table is None else self.rotary_table(position_ids)
         # A mask would have to be cut to the positions, in each attention implementation's own form.
-        narrows_last_layer = output_positions is not None and attention_mask is None
+        narrows_last_layer = (
+            output_positions is not None and output_positions.shape[1] > 0 and attention_mask is None and not is_packed
+        )
         for index, layer in enumerate(self.layers):
             is_narrow = narrows_last_layer and index == len(self.layers) - 1
             hidden_states = layer(
@@ -485,21 +501,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         )
 
 
-class CrammedBertPooler(nn.Module):
-    """Dense layer, activation and dropout before a classifier (paper: H -> 1024, tanh)."""
-
-    def __init__(self, config: CrammedBertConfig):
-        super().__init__()
-        vectors = 4 if config.classifier_pooling == "segments" else 1
-        self.dense = nn.Linear(vectors * config.hidden_size, config.classifier_hidden_size)
-        self.act = ACT2FN[config.classifier_activation]
-        self.dropout = nn.Dropout(config.classifier_dropout)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.act(self.dense(hidden_states)))
-
-
-class CrammedBertClassifier(nn.Linear):
+class CrammedBertLabelProjection(nn.Linear):
     """
     A linear layer whose single output, if it has but one, does not depend on where its weight lies in memory.
 
@@ -508,9 +510,24 @@ class CrammedBertClassifier(nn.Linear):
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.out_features == 1:
+        if self.out_features == 1 and type(self.weight) is nn.Parameter:  # and not quantised
             return (hidden_states * self.weight).sum(-1, keepdim=True) + self.bias
         return super().forward(hidden_states)
+
+
+class CrammedBertClassificationHead(nn.Module):
+    """Dense layer, activation and dropout (paper: H -> 1024, tanh), and a linear layer to the labels."""
+
+    def __init__(self, config: CrammedBertConfig, num_labels: int):
+        super().__init__()
+        vectors = 4 if config.classifier_pooling == "segments" else 1
+        self.dense = nn.Linear(vectors * config.hidden_size, config.classifier_hidden_size)
+        self.act = ACT2FN[config.classifier_activation]
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = CrammedBertLabelProjection(config.classifier_hidden_size, num_labels)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.dropout(self.act(self.dense(pooled))))  # (B, labels)
 
 
 def mean_of(hidden_states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -531,6 +548,11 @@ def pool(
     """
     if classifier_pooling == "cls":
         return hidden_states[:, 0]
+    if attention_mask is not None and len(attention_mask.shape) != 2:
+        raise ValueError(
+            f"classifier_pooling {classifier_pooling!r} needs an attention mask of shape (batch_size, sequence_length), "
+            f"got {tuple(attention_mask.shape)}"
+        )
     ones = torch.ones_like(hidden_states[..., 0])  # (B, L)
     kept = ones if attention_mask is None else attention_mask.to(ones)
     if classifier_pooling == "mean":
@@ -550,8 +572,7 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = CrammedBertModel(config)
-        self.pooler = CrammedBertPooler(config)
-        self.classifier = CrammedBertClassifier(config.classifier_hidden_size, config.num_labels)
+        self.classifier = CrammedBertClassificationHead(config, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -580,7 +601,7 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
             **kwargs,
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, token_type_ids, self.config.classifier_pooling)
-        logits = self.classifier(self.pooler(pooled))  # (B, num_labels)
+        logits = self.classifier(pooled)  # (B, num_labels)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -703,8 +724,7 @@ class CrammedBertForMultipleChoice(CrammedBertPreTrainedModel):
     def __init__(self, config: CrammedBertConfig):
         super().__init__(config)
         self.model = CrammedBertModel(config)
-        self.pooler = CrammedBertPooler(config)
-        self.classifier = CrammedBertClassifier(config.classifier_hidden_size, 1)
+        self.classifier = CrammedBertClassificationHead(config, 1)
         self.post_init()
 
     @can_return_tuple
@@ -737,7 +757,7 @@ class CrammedBertForMultipleChoice(CrammedBertPreTrainedModel):
             **kwargs,
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, token_type_ids, self.config.classifier_pooling)
-        logits = self.classifier(self.pooler(pooled)).view(-1, num_choices)  # (B, choices)
+        logits = self.classifier(pooled).view(-1, num_choices)  # (B, choices)
         loss = None
         if labels is not None:
             loss = cross_entropy_loss(logits, labels, kwargs.get("num_items_in_batch"))

@@ -9,14 +9,13 @@ Writes `report.md`, `report.csv` and `report.png`, and prints the table.
 import argparse
 import csv
 import io
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .files import read_json, write_atomically
 from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, examples_note
 
 RESULTS_NAME = "all_results.json"
@@ -65,8 +64,8 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     """
     The row of one output folder: the keys of `COLUMNS`, with `None` for what is not known.
 
-    Besides, `training_curve` and `held_out_curve` are lists of (seconds on the clock, loss in nats). Raises
-    [`ReportError`] for a folder that is missing or without results, and for a file that cannot be read.
+    Besides, `training_curve` and `held_out_curve` are lists of (seconds on the clock, loss in nats), and `dataset_id`
+    names the rows. Raises [`ReportError`] for a folder that is missing or without results, and for a file that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -83,12 +82,15 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     if (folder / GLUE_NAME).exists():
         row.update(_glue(folder / GLUE_NAME))
     pairs_path = folder / MINIMAL_PAIRS_NAME
-    row["minimal_pairs"] = _number(pairs_path, _read_json(pairs_path), "accuracy")
+    row["minimal_pairs"] = _number(pairs_path, _read_if_there(pairs_path), "accuracy")
     return row
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """A row for each folder in their order, a folder named twice once, same-named ones told apart by their parents."""
+    """
+    A row for each folder in their order, a folder named twice once, same-named ones told apart by their parents. Texts of
+    one name but other rows have the beginning of their `dataset_id` behind it: their losses do not compare.
+    """
     given = {Path(folder).resolve(): folder for folder in folders}
     names, depth = [path.name for path in given], 1
     while len(set(names)) < len(names):
@@ -97,7 +99,13 @@ def load_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
             Path(*path.parts[-depth:]).as_posix() if names.count(name) > 1 else name
             for path, name in zip(given, names, strict=True)
         ]
-    return [load_run(folder) | {"name": name} for folder, name in zip(given.values(), names, strict=True)]
+    rows = [load_run(folder) | {"name": name} for folder, name in zip(given.values(), names, strict=True)]
+    texts = {(row["text_name"], row["dataset_id"]) for row in rows if row["dataset_id"] is not None}
+    names = [name for name, _ in texts]
+    for row in rows:
+        if row["dataset_id"] is not None and names.count(row["text_name"]) > 1:
+            row["text_name"] = f"{row['text_name']} ({row['dataset_id'][:6]})"
+    return rows
 
 
 def paper_rows() -> list[dict[str, Any]]:
@@ -110,17 +118,14 @@ def paper_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path} cannot be read ({error}): delete it, or write it again") from error
-    if not isinstance(values, dict):
-        raise ReportError(f"{path} is not an object of names and values: delete it, or write it again")
-    return values
 
 
 def _list(path: Path, values: dict[str, Any], key: str) -> list[Any]:
@@ -149,12 +154,13 @@ def _number(path: Path, values: Any, *keys: str) -> float | None:
 def _pretraining(folder: Path) -> dict[str, Any]:
     """What `run_mlm_cram.py` left: figures, and the curves out of the state of the Trainer."""
     path = folder / RESULTS_NAME
-    results = _read_json(path)
+    results = _read_if_there(path)
     keys = ("time_budget_seconds", "num_parameters", "tokens_seen", "eval_loss")
     row: dict[str, Any] = {key: _number(path, results, key) for key in keys}
-    row.update(hardware=results.get("hardware"), text_name=results.get("text_name"))
+    row.update({key: results.get(key) for key in ("hardware", "text_name")})
+    row["dataset_id"] = None if results.get("dataset_id") is None else str(results["dataset_id"])
     state_path = folder / STATE_NAME
-    history = _list(state_path, _read_json(state_path), "log_history")
+    history = _list(state_path, _read_if_there(state_path), "log_history")
     row["training_curve"] = _curve(state_path, history, "loss")
     row["held_out_curve"] = _curve(state_path, history, "eval_loss")
     seconds = _number(path, results, "train_seconds")
@@ -171,7 +177,7 @@ def _curve(path: Path, history: Sequence[Any], loss: str) -> list[tuple[float, f
 
 def _glue(path: Path) -> dict[str, Any]:
     """Medians of the headline metrics, and the average over those of the paper's columns that are there."""
-    results = _read_json(path)
+    results = _read_if_there(path)
     if not isinstance(results.get("tasks"), dict):
         raise ReportError(f"{path} has no 'tasks': let run_glue.py write it again")
     if isinstance(results.get("setting"), dict) and results["setting"].get("metric") is not None:

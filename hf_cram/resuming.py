@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
-from .checkpointing import CheckpointError, RunState, load_errors, read_json
+from .checkpointing import CheckpointError, RunState, load_errors
+from .files import read_json
 
 # Saving writes these into config.json, whatever the model.
 CONFIG_FIELDS_OF_SAVING = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}

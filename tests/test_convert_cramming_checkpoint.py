@@ -329,8 +329,9 @@ def test_the_authors_own_checkpoint_gives_its_logits_and_comes_back(tmp_path):
     recorded = load_file(folder / "inputs_and_outputs.safetensors")
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
-        plain = model(recorded["input_ids"], labels=recorded["labels"])
+        plain = model(recorded["input_ids"], labels=recorded["labels"], output_hidden_states=True)
         masked = model(recorded["input_ids"], attention_mask=recorded["attention_mask"])
+    torch.testing.assert_close(plain.hidden_states[-1], recorded["hidden_states"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain.logits, recorded["logits"], rtol=0, atol=1e-5)
     torch.testing.assert_close(plain.loss.view(1), recorded["loss"], rtol=0, atol=1e-5)
     kept = recorded["attention_mask"].bool()

@@ -28,7 +28,8 @@ from hf_cram.fine_tuning import parameter_groups
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
 from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics
 from hf_cram.glue_data import load_glue_task, load_own_task
-from hf_cram.glue_outputs import submission_lines
+from hf_cram.glue_encoding import encode_task
+from hf_cram.glue_outputs import is_fuller, submission_lines
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
 from hf_cram.paper_results import PAPER_GLUE_ROWS
 from hf_cram.report import load_run, markdown_table
@@ -88,6 +89,19 @@ def model_folder(tiny_config, tokenizer, tmp_path):
     return folder
 
 
+@pytest.fixture
+def bert_folder(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "bert"
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 FAST = ["--learning_rate", "3e-3", "--num_train_epochs", "3", "--bf16", "false", "--dropout", "0"]
 
 
@@ -100,6 +114,12 @@ def fast_arguments(model_folder, glue_data, tmp_path):
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["run_glue.py", *map(str, arguments)])
     run_glue.main()
+
+
+def prepared(model_folder, tmp_path, **glue):
+    """A run that is ready to train, and its arguments."""
+    args = FineTuningArguments(str(tmp_path / "out"), report_to="none", bf16=False)
+    return GlueRun(EncoderArguments(str(model_folder)), GlueArguments(**glue), args), args
 
 
 def results_of(folder):
@@ -205,6 +225,24 @@ def test_a_run_goes_on_with_the_missing_pairs(monkeypatch, glue_data, model_fold
     assert results_of(out)["seeds"] == [1]
 
 
+def test_what_is_fine_tuned(glue_data, model_folder):
+    data = load_glue_task(TASKS["sst2"], str(glue_data))
+    pretrained = CrammedBertForMaskedLM.from_pretrained(model_folder).model.layers[0].mlp.dense_in.weight
+    kept, fresh = (
+        build_classifier(EncoderArguments(str(model_folder), from_scratch=from_scratch, dropout=0.3), data)
+        for from_scratch in (False, True)
+    )
+    assert torch.equal(kept.model.layers[0].mlp.dense_in.weight, pretrained)
+    assert not torch.equal(fresh.model.layers[0].mlp.dense_in.weight, pretrained)
+    for model in (kept, fresh):
+        assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+    tokenizer = load_tokenizer(EncoderArguments(str(model_folder)))
+    part, again = (encode_task(data, tokenizer, 128, 20).train for _ in range(2))
+    assert len(part) == 20
+    assert part == again
+    assert part != encode_task(data, tokenizer, 128).train[:20]
+
+
 def test_from_scratch_is_a_run_of_its_own(monkeypatch, glue_data, model_folder):
     arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--tasks", "wnli", "--seeds", "1"]
     run(monkeypatch, *arguments, *FAST)
@@ -264,7 +302,7 @@ def test_the_head_of_another_task_is_not_started_from(model_folder, glue_data, t
     assert {name for name in weights if name.startswith("model.")} == {
         name for name in same if name.startswith("model.")
     }
-    assert not same & {"pooler.dense.weight", "classifier.weight"}
+    assert not same & {"classifier.dense.weight", "classifier.out_proj.weight"}
 
 
 def test_the_prediction_head_is_no_part_of_a_classifier(glue_data, tokenizer, tmp_path):
@@ -276,8 +314,8 @@ def test_the_prediction_head_is_no_part_of_a_classifier(glue_data, tokenizer, tm
     pretrained.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     classifier = build_classifier(EncoderArguments(str(tmp_path)), load_glue_task(TASKS["sst2"], str(glue_data)))
-    assert pretrained.head.dense.weight.shape == classifier.pooler.dense.weight.shape
-    assert not torch.equal(pretrained.head.dense.weight, classifier.pooler.dense.weight)
+    assert pretrained.head.dense.weight.shape == classifier.classifier.dense.weight.shape
+    assert not torch.equal(pretrained.head.dense.weight, classifier.classifier.dense.weight)
 
 
 @pytest.mark.parametrize("told", ["bf16", "fp16"])
@@ -300,9 +338,10 @@ def test_results_stand_though_the_models_card_cannot_be_read(
     assert "but not in the folder of their model: the front matter of" in caplog.text
 
 
-def test_a_regressions_gradient_is_that_of_the_step_however_it_is_cut(monkeypatch, glue_data, model_folder, tmp_path):
+@pytest.mark.parametrize(("model", "task"), [("model_folder", "stsb"), ("bert_folder", "wnli")])
+def test_the_gradient_is_that_of_the_step_however_it_is_cut(monkeypatch, request, glue_data, tmp_path, model, task):
     """Else clipping would see a norm that grows with the micro-batches."""
-    norms = []
+    folder, norms = request.getfixturevalue(model), []
     clip = Accelerator.clip_grad_norm_
 
     def recorded(self, *args, **kwargs):
@@ -311,11 +350,17 @@ def test_a_regressions_gradient_is_that_of_the_step_however_it_is_cut(monkeypatc
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", recorded)
     for size, micro_batches in ((16, 1), (4, 4)):
-        arguments = fast_arguments(model_folder, glue_data, tmp_path / str(size))
+        arguments = fast_arguments(folder, glue_data, tmp_path / str(size))
         more = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", micro_batches]
-        more += ["--tasks", "stsb", "--seeds", "1", "--max_steps", "1", "--train_sampling_strategy", "sequential"]
+        more += ["--tasks", task, "--seeds", "1", "--max_steps", "1", "--train_sampling_strategy", "sequential"]
         run(monkeypatch, *arguments, *more)
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_examples_are_dropped_in_training_alone(monkeypatch, glue_data, model_folder, tmp_path):
+    arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
+    run(monkeypatch, *arguments, "--dataloader_drop_last", "true")  # 16 validation examples, in batches of 64
+    assert "accuracy" in results_of(tmp_path / "out")["tasks"]["wnli"]
 
 
 def test_both_texts_of_a_pair_can_be_pooled_apart(monkeypatch, glue_data, model_folder, tmp_path):
@@ -323,27 +368,20 @@ def test_both_texts_of_a_pair_can_be_pooled_apart(monkeypatch, glue_data, model_
     arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST]
     run(monkeypatch, *arguments, "--tasks", "stsb", "--seeds", "1", "--pooling", "segments", "--save_models", "true")
     model = AutoModelForSequenceClassification.from_pretrained(out / "stsb")
-    assert model.pooler.dense.in_features == 4 * model.config.hidden_size
+    assert model.classifier.dense.in_features == 4 * model.config.hidden_size
     with pytest.raises(GlueError, match="pooling: crammed_bert has no 'max'"):
         run(monkeypatch, *arguments, "--tasks", "stsb", "--seeds", "1", "--pooling", "max")
 
 
-def test_other_architectures_are_scored_by_the_same_command(monkeypatch, glue_data, tokenizer, tmp_path):
-    folder = tmp_path / "bert"
-    config = BertConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def test_other_architectures_are_scored_by_the_same_command(monkeypatch, glue_data, bert_folder, tmp_path):
     out = tmp_path / "out"
     recipe = tmp_path / "recipe.yaml"  # of a crammed model: what this one cannot take is left to it
     recipe.write_text("pooling: segments\n")
     run(
-        monkeypatch, recipe, "--pooling", "none", "--model_name_or_path", folder, "--glue_data", glue_data,
-        "--output_dir", out, *FAST, "--dropout", "none", "--tasks", "stsb", "--seeds", "1",
+        monkeypatch, recipe, "--pooling", "none", "--model_name_or_path", bert_folder, "--glue_data", glue_data,
+        "--output_dir", out, *FAST, "--dropout", "none", "--tasks", "sst2", "--seeds", "1",
     )  # fmt: skip
-    assert -100 <= results_of(out)["tasks"]["stsb"]["pearson"]["median"] <= 100
+    assert results_of(out)["tasks"]["sst2"]["accuracy"]["median"] > 80
     assert results_of(out)["setting"]["dropout"] is None
 
 
@@ -402,25 +440,38 @@ def test_floats_make_a_regression(tmp_path):
     assert data.task.headline == "pearson"
 
 
+HITS = (
+    "import datasets\nimport evaluate\n\n"
+    "class Hits(evaluate.Metric):\n"
+    "    def _info(self):\n"
+    "        value = datasets.Value('int64')\n"
+    "        features = datasets.Features({'predictions': value, 'references': value})\n"
+    "        return evaluate.MetricInfo(description='', citation='', inputs_description='', features=features)\n"
+    "    def _compute(self, predictions, references):\n"
+    "        return {'hits': sum(a == b for a, b in zip(predictions, references))}\n"
+)
+
+
 def test_another_metric_of_evaluate(monkeypatch, glue_data, model_folder, tmp_path):
     metric = tmp_path / "hits.py"
-    metric.write_text(
-        "import datasets\nimport evaluate\n\n"
-        "class Hits(evaluate.Metric):\n"
-        "    def _info(self):\n"
-        "        value = datasets.Value('int64')\n"
-        "        features = datasets.Features({'predictions': value, 'references': value})\n"
-        "        return evaluate.MetricInfo(description='', citation='', inputs_description='', features=features)\n"
-        "    def _compute(self, predictions, references):\n"
-        "        return {'hits': sum(a == b for a, b in zip(predictions, references))}\n"
-    )
+    metric.write_text(HITS)
     out = tmp_path / "out"
     run(
         monkeypatch, "--model_name_or_path", model_folder, "--glue_data", glue_data, "--output_dir", out, *FAST,
         "--tasks", "sst2", "--seeds", "1", "--metric", metric,
     )  # fmt: skip
-    assert 0 <= results_of(out)["tasks"]["sst2"]["hits"]["median"] <= 64
-    assert results_of(out)["tasks"]["sst2"]["hits"]["median"] % 1 == 0
+    assert results_of(out)["tasks"]["sst2"]["hits"]["median"] > 48  # of 64 examples
+
+
+def test_an_edited_metric_is_another_setting_where_it_is_named_by_its_folder(glue_data, model_folder, tmp_path):
+    folder = tmp_path / "hits"
+    folder.mkdir()
+    names = set()
+    for script in (HITS, HITS.replace("a == b", "a != b")):
+        (folder / "hits.py").write_text(script)
+        glue_run, args = prepared(model_folder, tmp_path, tasks="sst2", glue_data=str(glue_data), metric=str(folder))
+        names.add(glue_run.setting_id(args))
+    assert len(names) == 2
 
 
 def test_values_of_a_regression_are_cut_for_the_benchmark_only():
@@ -469,6 +520,25 @@ def test_other_data_are_other_pairs(monkeypatch, model_folder, tmp_path):
     assert not (out / "glue_submission.zip").exists()  # the last have no test split
 
 
+def test_another_diagnostic_set_is_other_data(glue_data, model_folder, tmp_path):
+    folder = shutil.copytree(glue_data, tmp_path / "glue")
+    before, _ = prepared(model_folder, tmp_path, tasks="mnli", glue_data=str(folder))
+    (diagnostic,) = (folder / "ax").iterdir()
+    datasets.Dataset.from_parquet(str(diagnostic)).select(range(6)).to_parquet(diagnostic)
+    after, _ = prepared(model_folder, tmp_path, tasks="mnli", glue_data=str(folder))
+    assert after.data_ids != before.data_ids
+
+
+def test_what_a_submission_lacks_is_said(monkeypatch, caplog, model_folder, tmp_path):
+    write_task(tmp_path / "data", "wnli", dict.fromkeys(("train", "validation", "test"), 8))
+    arguments = [*fast_arguments(model_folder, tmp_path / "data", tmp_path), "--seeds", "1"]
+    run(monkeypatch, *arguments)
+    assert "not in the submission" not in caplog.text
+    shutil.rmtree(tmp_path / "out" / "predictions")
+    run(monkeypatch, *arguments)
+    assert "WNLI is not in the submission" in caplog.text
+
+
 def test_the_kept_model_is_the_one_of_the_results(monkeypatch, model_folder, tmp_path):
     texts, labels = sentences(32, 0)
     datasets.Dataset.from_dict({"text": texts, "label": labels}).to_csv(tmp_path / "train.csv")
@@ -478,7 +548,7 @@ def test_the_kept_model_is_the_one_of_the_results(monkeypatch, model_folder, tmp
 
     def weights(learning_rate):
         run(monkeypatch, *arguments, "--learning_rate", learning_rate)
-        return AutoModelForSequenceClassification.from_pretrained(out / "train").classifier.weight
+        return AutoModelForSequenceClassification.from_pretrained(out / "train").classifier.out_proj.weight
 
     first, second, third = weights("1e-3"), weights("3e-3"), weights("1e-3")
     assert not torch.equal(first, second)
@@ -529,6 +599,40 @@ def test_the_results_of_another_model_are_never_replaced(monkeypatch, glue_data,
     (tmp_path / "out" / "glue_results.json").unlink()  # as a run leaves it that was interrupted
     with pytest.raises(GlueError, match="take the place of .*wnli, which holds something else"):
         run(monkeypatch, *arguments, "--model_name_or_path", other, "--save_models", "true")
+
+
+def test_a_smaller_run_elsewhere_leaves_a_models_fuller_results(
+    monkeypatch, caplog, glue_data, model_folder, tmp_path
+):
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, *FAST, "--tasks", "wnli"]
+    run(monkeypatch, *arguments, "--seeds", "2")
+    fuller = results_of(model_folder)
+    arguments += ["--output_dir", tmp_path / "out"]
+    run(monkeypatch, *arguments, "--seeds", "1")
+    assert results_of(model_folder) == fuller
+    assert f"those in {model_folder} are of more columns, seeds or training examples, and stay" in caplog.text
+    run(monkeypatch, *arguments, "--seeds", "3")
+    assert results_of(model_folder)["seeds"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        ({}, False),
+        ({"tasks": {"sst2": {}}}, False),
+        ({"tasks": {"sst2": {}, "rte": {}, "cola": {}}}, True),
+        ({"seeds": [1, 2, 3]}, True),
+        ({"seeds": [1, 2, 3], "model_id": "other weights"}, False),
+        ({"setting": {"max_train_samples": None}}, True),
+        ({"setting": {"max_train_samples": 8}}, False),
+    ],
+)
+def test_results_are_fuller_by_columns_seeds_and_examples_of_the_same_weights(difference, expected):
+    results = {
+        "model_id": "these", "tasks": {"sst2": {}, "rte": {}}, "seeds": [1, 2], "setting": {"max_train_samples": 64},
+    }  # fmt: skip
+    assert is_fuller({**results, **difference}, results) == expected
+    assert not is_fuller({}, results)
 
 
 def test_a_model_that_reads_token_types_is_given_them(tiny_config, tokenizer, tmp_path):
@@ -649,6 +753,29 @@ def test_classes_go_by_name_where_files_are_typed_otherwise(tmp_path):
     assert list(data.validation["train"]["label"]) == [1, 0]
 
 
+def test_classes_go_by_name_where_files_number_them_otherwise(tmp_path):
+    texts = ["a", "b", "c"]
+
+    def write(name, labels, names):
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        data = datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        data.to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    train = write("train.parquet", [0, 1, 1], ["sport", "culture"])
+    test = write("test.parquet", [-1, -1, -1], ["sport", "culture"])
+    rows = {"text": texts, "label": ["culture", "sport", "sport"]}
+    datasets.Dataset.from_dict(rows).to_csv(tmp_path / "dev.csv")
+    for validation in (write("dev.parquet", [0, 1, 1], ["culture", "sport"]), str(tmp_path / "dev.csv")):
+        data = load_own_task(train, validation, test)
+        assert data.task.label_names == ("sport", "culture")
+        assert list(data.train["label"]) == [0, 1, 1]
+        assert list(data.validation["train"]["label"]) == [1, 0, 0]
+        assert list(data.test["train"]["label"]) == [-1, -1, -1]
+    with pytest.raises(GlueError, match="test.parquet: label 'class -1' does not occur in training"):
+        load_own_task(train, test)
+
+
 @pytest.mark.parametrize("option", ["--from_scratch", "--model_name_or_path"])
 def test_scores_do_not_go_into_the_folder_of_a_model_that_has_not_made_them(
     monkeypatch, glue_data, model_folder, option
@@ -751,6 +878,20 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--max_seq_length", "0", "max_seq_length must be at least 8"),
         ("--learning_rate", "nan", "learning_rate must be a number, got nan"),
         ("--gradient_accumulation_steps", "0", "gradient_accumulation_steps must be at least 1, got 0"),
+        ("--per_device_train_batch_size", "0", "per_device_train_batch_size must be at least 1, got 0"),
+        ("--per_device_eval_batch_size", "0", "per_device_eval_batch_size must be at least 1, got 0"),
+        ("--search_batch_size", "0", "search_batch_size must be at least 1, got 0"),
+        ("--bf16_full_eval", "true", "bf16_full_eval has no place here"),
+        ("--fp16_full_eval", "true", "fp16_full_eval has no place here"),
+        ("--auto_find_batch_size", "true", "auto_find_batch_size would train with another batch"),
+        ("--prediction_loss_only", "true", "prediction_loss_only would leave no predictions to score"),
+        ("--eval_do_concat_batches", "false", "eval_do_concat_batches has no place here"),
+        ("--lr_scheduler_kwargs", '{"min_lr": 1e-5}', "lr_scheduler_kwargs do not suit lr_scheduler_type cosine: "),
+        (
+            "--lr_scheduler_type",
+            "cosine_with_min_lr",
+            "lr_scheduler_kwargs do not suit lr_scheduler_type cosine_with_min_lr: ",
+        ),
         ("--deepspeed", "ds.json", "'deepspeed>="),
         ("--optim", "adafactor", "leave out optim"),
         ("--seed", "7", "seed is chosen by seeds: leave it out, and name one seed as '7,'"),
@@ -759,6 +900,7 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--search_seeds", "five", "search_seeds must be a number of seeds"),
         ("--validation_file", "dev.csv", "validation_file belongs to data of your own: name a train_file"),
         ("--text_columns", "text", "text_columns belongs to data of your own"),
+        ("--label_column", "topic", "label_column belongs to data of your own"),
         ("--train_sampling_strategy", "group_by_size", "invalid choice: 'group_by_size'"),
     ],
 )
@@ -766,6 +908,13 @@ def test_settings_that_cannot_be(monkeypatch, capsys, model_folder, option, valu
     with pytest.raises(SystemExit):
         run(monkeypatch, "--model_name_or_path", model_folder, option, value)
     assert message in capsys.readouterr().err
+
+
+def test_a_push_of_nothing_is_refused_before_training(monkeypatch, glue_data, model_folder, tmp_path):
+    arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
+    with pytest.raises(GlueError, match="push_to_hub: .* nothing could be pushed: leave it out"):
+        run(monkeypatch, *arguments, "--from_scratch", "true", "--push_to_hub", "true")
+    assert not (tmp_path / "out" / "glue_runs.jsonl").exists()
 
 
 def edit_json(path, **values):
@@ -930,8 +1079,8 @@ def test_learning_rates_by_depth(tiny_config, tmp_path):
         names[parameter]: (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]
     }
     assert set(rates) == set(names.values())
-    assert rates["classifier.weight"] == (4e-3, 0.01)
-    assert rates["pooler.dense.bias"] == (4e-3, 0.0)
+    assert rates["classifier.out_proj.weight"] == (4e-3, 0.01)
+    assert rates["classifier.dense.bias"] == (4e-3, 0.0)
     assert rates["model.final_norm.weight"] == (1e-3, 0.0)
     assert rates["model.layers.1.mlp.dense_in.weight"] == (1e-3, 0.01)
     assert rates["model.layers.0.mlp.dense_in.weight"] == (0.5e-3, 0.01)

@@ -5,6 +5,7 @@ import json
 import runpy
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -94,18 +95,26 @@ def test_many_pairs_are_worth_compiling(models, tokenizer, monkeypatch, told, pa
 def test_measuring_the_precision_changes_nothing(models, tokenizer):
     model = models["crammed_bert"].eval()
     expected = pseudo_log_likelihoods(model, tokenizer, sentences(3))
-    assert minimal_pairs.bf16_scores_faster(model, tokenizer, [MinimalPair("w1 w2", "w2 w1")], rounds=1) in (
-        True,
-        False,
-    )
+    minimal_pairs.bf16_scores_faster(model, tokenizer, [MinimalPair("w1 w2", "w2 w1")], rounds=1)
     assert model.dtype == torch.float32
     np.testing.assert_array_equal(pseudo_log_likelihoods(model, tokenizer, sentences(3)), expected)
 
 
-def test_a_model_in_training_mode_stays_in_it(models, tokenizer):
-    model = models["crammed_bert"].train()
-    model.config.hidden_dropout_prob = 0.5
-    pseudo_log_likelihoods(model, tokenizer, sentences(2))
+@pytest.mark.parametrize("bf16_is_faster", [True, False])
+def test_the_faster_precision_is_taken(models, tokenizer, monkeypatch, bf16_is_faster):
+    def score(model, *_):
+        if (model.dtype == torch.bfloat16) != bf16_is_faster:
+            time.sleep(0.05)
+
+    monkeypatch.setattr(minimal_pairs, "pseudo_log_likelihoods", score)
+    pairs = [MinimalPair("w1", "w2")]
+    assert minimal_pairs.bf16_scores_faster(models["crammed_bert"], tokenizer, pairs) == bf16_is_faster
+
+
+def test_a_model_in_training_mode_is_scored_without_dropout_and_stays_in_it(models, tokenizer):
+    model = models["bert"]  # with dropout
+    expected = pseudo_log_likelihoods(model.eval(), tokenizer, sentences(2))
+    np.testing.assert_array_equal(pseudo_log_likelihoods(model.train(), tokenizer, sentences(2)), expected)
     assert model.training
 
 
@@ -237,6 +246,28 @@ def test_the_program_writes_results_and_card(model_folder, capsys):
     assert f"{results['accuracy']:.1f}" in printed
     assert "anaphor_agreement" in printed
     assert f"in {results['accuracy']:.1f} % of 40 pairs" in (model_folder / "README.md").read_text()
+
+
+def test_scores_do_not_go_into_the_folder_of_another_model(model_folder, tmp_path, monkeypatch):
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    with pytest.raises(
+        SystemExit, match="--output_dir: .*other holds a model, and these would not be the scores of it"
+    ):
+        main([str(model_folder), "--pairs", str(PAIRS), "--output_dir", str(other)])
+    monkeypatch.chdir(other)
+    with pytest.raises(SystemExit, match="--output_dir: . holds a model"):
+        main(["a-model-of-the-hub", "--pairs", str(PAIRS)])
+    assert not list(tmp_path.rglob("minimal_pairs_results.json"))
+
+
+def test_the_scores_of_another_model_are_never_replaced(model_folder, tmp_path):
+    arguments = ["--pairs", str(PAIRS), "--limit", "1", "--output_dir", str(tmp_path / "out")]
+    main([str(model_folder), *arguments])
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    with pytest.raises(SystemExit, match="minimal_pairs_results.json holds the scores of another model: name another"):
+        main([str(other), *arguments])
+    main([str(model_folder), *arguments])
+    assert json.loads((tmp_path / "out" / "minimal_pairs_results.json").read_text())["model"] == "model"
 
 
 @pytest.mark.parametrize(

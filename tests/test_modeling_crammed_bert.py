@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
-from conftest import SHARED, VOCAB_SIZE
-from safetensors.torch import load_file, save_file
+from accelerate import cpu_offload
+from conftest import VOCAB_SIZE
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_cram
 from hf_cram import (
@@ -22,8 +24,8 @@ from hf_cram import (
     CrammedBertForTokenClassification,
     CrammedBertModel,
 )
-from hf_cram.convert_cramming_checkpoint import convert
 from hf_cram.hardware import training_flops
+from hf_cram.modeling_crammed_bert import eager_attention_forward
 
 HEADS = (
     CrammedBertModel,
@@ -330,7 +332,7 @@ def test_any_length_up_to_the_limit(tiny_config, length):
 
 def test_too_long_a_sequence_is_a_clear_error(tiny_config):
     model = CrammedBertModel(tiny_config)
-    with pytest.raises(ValueError, match=r"65 tokens.*max_position_embeddings \(64\)"):
+    with pytest.raises(ValueError, match=r"65 tokens.*max_position_embeddings \(64\).*from_pretrained\("):
         model(torch.full((1, 65), 9))
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model()
@@ -378,6 +380,64 @@ def test_the_last_layer_at_masked_positions_only_is_exact(tiny_config, switches,
 
     for expected, actual in zip(loss_and_gradients(None), loss_and_gradients(positions), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def loss_at_positions(model, with_positions=True):
+    input_ids, labels, positions = masked_batch()
+    return model(input_ids=input_ids, labels=labels, masked_positions=positions if with_positions else None).loss
+
+
+def test_an_adapter_acts_in_the_last_layer_at_masked_positions_too(tiny_config):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    adapter = peft.LoraConfig(target_modules=["query_key_value"], init_lora_weights=False)
+    model = peft.get_peft_model(CrammedBertForMaskedLM(tiny_config), adapter).train()
+    torch.testing.assert_close(loss_at_positions(model), loss_at_positions(model, with_positions=False))
+    loss_at_positions(model).backward()
+    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_offloaded_weights_are_fetched_for_masked_positions_too(tiny_config):
+    model = CrammedBertForMaskedLM(tiny_config).train()
+    expected = loss_at_positions(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[-1].attention.query_key_value.weight.is_meta
+    torch.testing.assert_close(loss_at_positions(model), expected)
+
+
+def test_a_row_without_masked_positions_is_no_error_in_the_attention(tiny_config):
+    model = CrammedBertModel(tiny_config).train()
+    positions = torch.zeros(2, 0, dtype=torch.long)
+    assert model(torch.full((2, 8), 9), output_positions=positions).last_hidden_state.shape == (2, 0, 32)
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_positions_may_lie_within_the_table_while_the_row_does_not(tiny_config, kind):
+    """Packed sequences, whose positions start anew; also given once for all rows."""
+    model = CrammedBertModel(changed(tiny_config, position_embedding_type=kind)).eval()
+    input_ids, positions = torch.full((2, 100), 9), torch.arange(50).repeat(2)
+    states = model(input_ids, position_ids=positions).last_hidden_state
+    torch.testing.assert_close(states, model(input_ids, position_ids=positions.expand(2, -1)).last_hidden_state)
+    torch.testing.assert_close(states[:, :50], states[:, 50:])
+
+
+def test_given_positions_reach_the_attention(tiny_config, monkeypatch):
+    """Flash attention finds the borders of packed sequences there."""
+    reached = []
+
+    def attend(module, query, key, value, mask, **kwargs):
+        reached.append((query.shape[2], kwargs.get("position_ids")))
+        return eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "recorded", attend)
+    config = changed(tiny_config)
+    config._attn_implementation = "recorded"
+    model = CrammedBertForMaskedLM(config).train()
+    input_ids, labels, positions = masked_batch()
+    position_ids = torch.arange(8).repeat(2).expand(3, -1)
+    model(input_ids=input_ids, labels=labels, masked_positions=positions, position_ids=position_ids)
+    assert [length for length, _ in reached] == [16] * config.num_hidden_layers
+    assert all(torch.equal(given, position_ids) for _, given in reached)
 
 
 def test_training_costs_less_with_positions(tiny_config):
@@ -551,13 +611,13 @@ def test_segments_are_pooled_apart(tiny_config):
     states = model.model(input_ids, attention_mask=attention_mask).last_hidden_state
     for row, end in ((0, 10), (1, 8)):
         first, second = states[row, :6].mean(0), states[row, 6:end].mean(0)
-        expected = model.classifier(model.pooler(torch.cat([first, second, (first - second).abs(), first * second])))
+        expected = model.classifier(torch.cat([first, second, (first - second).abs(), first * second]))
         logits = model(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits[row]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-6)
     # A single text has no second segment, which is nothing but zeros.
     first = model.model(input_ids[:1]).last_hidden_state[0].mean(0)
     zeros = torch.zeros_like(first)
-    expected = model.classifier(model.pooler(torch.cat([first, zeros, first.abs(), zeros])))
+    expected = model.classifier(torch.cat([first, zeros, first.abs(), zeros]))
     torch.testing.assert_close(model(input_ids[:1]).logits[0], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -569,6 +629,28 @@ def test_mean_pooling_leaves_padding_out(tiny_config):
     torch.testing.assert_close(
         model(input_ids=padded, attention_mask=mask).logits, model(input_ids=input_ids).logits, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "segments"])
+def test_a_mask_that_cannot_be_pooled_by_is_a_clear_error(tiny_config, pooling):
+    model = CrammedBertForSequenceClassification(changed(tiny_config, classifier_pooling=pooling))
+    with pytest.raises(ValueError, match=rf"'{pooling}' needs an attention mask of shape .* got \(1, 1, 8, 8\)"):
+        model(torch.full((1, 8), 9), attention_mask=torch.ones(1, 1, 8, 8))
+
+
+def test_an_adapter_is_saved_with_its_whole_classifier(tiny_config, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(tmp_path / "pretrained")
+
+    def fresh():
+        return CrammedBertForSequenceClassification.from_pretrained(tmp_path / "pretrained", num_labels=3)
+
+    adapter = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query_key_value"], init_lora_weights=False)
+    model = peft.get_peft_model(fresh(), adapter).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(fresh(), tmp_path / "adapter").eval()
+    input_ids = masked_batch()[0]
+    torch.testing.assert_close(again(input_ids=input_ids).logits, model(input_ids=input_ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -586,19 +668,3 @@ def test_mean_pooling_leaves_padding_out(tiny_config):
 def test_impossible_configurations_are_refused(tiny_config, fields, message):
     with pytest.raises(Exception, match=message):
         changed(tiny_config, **fields)
-
-
-def test_original_checkpoint_of_the_papers_code_gives_its_hidden_states_and_logits(tmp_path):
-    folder = SHARED / "data" / "cramming_checkpoint"
-    if not folder.is_dir():
-        pytest.skip("the checkpoint written by the paper's code is not beside this project")
-    recorded = load_file(folder / "inputs_and_outputs.safetensors")
-    convert(folder, tmp_path / "ours")
-    model = CrammedBertForMaskedLM.from_pretrained(tmp_path / "ours").eval()
-    plain = model(input_ids=recorded["input_ids"], labels=recorded["labels"], output_hidden_states=True)
-    torch.testing.assert_close(plain.logits, recorded["logits"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(plain.hidden_states[-1], recorded["hidden_states"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(plain.loss.view(1), recorded["loss"], rtol=1e-5, atol=1e-5)
-    masked = model(input_ids=recorded["input_ids"], attention_mask=recorded["attention_mask"])
-    kept = recorded["attention_mask"].bool()
-    torch.testing.assert_close(masked.logits[kept], recorded["logits_masked"][kept], rtol=1e-4, atol=1e-5)

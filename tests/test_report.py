@@ -183,6 +183,15 @@ def test_bars_stand_for_the_columns_that_were_run(make_run):
     assert heights["two"] == pytest.approx([float("nan")] * 3 + [1.0], nan_ok=True)
 
 
+def test_other_rows_of_one_text_are_told_apart(make_run):
+    ids = {"a": "1234567890", "b": "1234567890", "c": "abcdef0123", "old": None}
+    folders = [make_run(name, all_results=PRETRAINING | NEWER | {"dataset_id": key}) for name, key in ids.items()]
+    assert [row["text_name"] for row in load_runs(folders[:2])] == ["documentation"] * 2
+    assert [row["text_name"] for row in load_runs(folders)] == [
+        "documentation (123456)", "documentation (123456)", "documentation (abcdef)", "documentation",
+    ]  # fmt: skip
+
+
 def test_training_on_a_part_is_marked(make_run, tmp_path, capsys):
     results = {**glue_results(PARTIAL), "setting": {"max_train_samples": 10_000}}
     folder = make_run("part", glue_results=results)
