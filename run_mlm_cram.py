@@ -22,17 +22,17 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
-from hf_cram.checkpointing import CheckpointError, read_json
+from hf_cram.checkpointing import CheckpointError
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
 from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.source_arguments import INSTALLED_DOCS
-from hf_cram.files import write_atomically
+from hf_cram.files import read_json, write_atomically
 from hf_cram.hardware import is_out_of_memory
 from hf_cram.hardware_choices import check_device
 from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
@@ -42,7 +42,7 @@ from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, TextBudgetArguments
 from hf_cram.text_budget import limit_text_to_budget
 from hf_cram.trainer import CramTrainer, NonFiniteError
-from hf_cram.training_args import CramTrainingArguments
+from hf_cram.training_args import CramTrainingArguments, check_given
 
 logger = logging.getLogger("hf_cram")
 
@@ -58,12 +58,14 @@ TRAINER_FIELDS = (
     "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
     "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
     "data_seed", "fp16", "bf16", "tf32", "activation_checkpointing", "train_sampling_strategy", "dataloader_num_workers",
+    "neftune_noise_alpha",
 )  # fmt: skip
 
 
 def main() -> int:
     parser = RecipeParser((*RECIPE_PARTS, CramTrainingArguments))
     model_args, data_args, text_args, publish_args, masking_args, card_args, training_args = parser.parse(sys.argv[1:])
+    check_given(parser.given, training_args)
     recipe = shareable(parser.given)
     is_main = training_args.process_index == 0
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -85,6 +87,7 @@ def main() -> int:
     with training_args.main_process_first(desc="preparing the text"):
         corpus = prepare_corpus(data_args)
     preprocessing_seconds = time.monotonic() - started
+    check_same_rows(corpus)
     tell_of(corpus)
     if is_main:
         publish(corpus, publish_args, data_args)
@@ -122,7 +125,7 @@ def train_and_save(
         # Its weights may be later than those of the last checkpoint, and others have written into its card.
         logger.warning("This run was finished: its result in %s stays as it is", trainer.output_dir)
     else:
-        results = save_results(trainer, preprocessing_seconds, text_name(data_args))
+        results = save_results(trainer, preprocessing_seconds, data_args)
         if trainer.is_world_process_zero():
             write_atomically(trainer.output_dir, {"recipe.yaml": yaml.safe_dump(recipe).encode()})
             write_card(trainer, corpus.tokenizer, results, data_args, card_args, recipe)
@@ -138,6 +141,12 @@ def holds_result(folder: Path, step: int) -> bool:
     except (OSError, ValueError):
         held = False
     return broadcast_object_list([held])[0]
+
+
+def check_same_rows(corpus: PreparedCorpus) -> None:
+    """Raises [`DataError`] where the processes have found different texts: it has changed in between."""
+    if len(set(gather_object([corpus.train_dataset.dataset_id]))) > 1:
+        raise DataError("the text has changed while this run's processes prepared it: start again")
 
 
 def tell_of(corpus: PreparedCorpus) -> None:
@@ -190,7 +199,7 @@ def build_trainer(
     )
 
 
-def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) -> dict[str, Any]:
+def save_results(trainer: CramTrainer, preprocessing_seconds: float, data_args: DataArguments) -> dict[str, Any]:
     """Save model and results. The clock has stopped: saving and the final evaluation are reported apart."""
     saving_started = time.monotonic()
     if trainer.args.should_save:
@@ -208,8 +217,11 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, text: str) 
     results.update(
         hardware=describe_hardware(trainer.args),
         num_parameters=trainer.model.num_parameters(),
-        text_name=text,
+        text_name=text_name(data_args),
+        dataset_id=trainer.train_dataset.dataset_id,
     )
+    if data_args.max_train_tokens is not None:
+        results["max_train_tokens"] = data_args.max_train_tokens  # gives the same rows elsewhere
     trainer.save_metrics("all", results, combined=False)
     return results
 
@@ -253,10 +265,11 @@ def is_local(name: str, value: Any) -> bool:
     """Whether a field of the recipe names text on this machine: a data set, or one of the sources of a mix."""
     if name == "dataset_name":
         return os.path.exists(str(value))
-    sources = json.loads(value) if name == "sources" and isinstance(value, str) else value
-    return name == "sources" and any(
-        "train_files" in source or is_local("dataset_name", source.get("dataset_name"))
-        for source in (sources or {}).values()
+    if name != "sources" or str(value).lower() == "none":
+        return False
+    sources = json.loads(value) if isinstance(value, str) else value
+    return any(
+        "train_files" in source or is_local("dataset_name", source.get("dataset_name")) for source in sources.values()
     )
 
 
@@ -307,6 +320,9 @@ if __name__ == "__main__":
         end_with_launcher()
         start_missing_processes()
         end_process(main())
+    except KeyboardInterrupt:  # the first one while training ends it with a checkpoint
+        print("run_mlm_cram.py: stopped; what was prepared and saved before is kept", file=sys.stderr)
+        sys.exit(130)
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         foreseen = isinstance(error, CheckpointError | NonFiniteError | OSError | ValueError)
         if not foreseen and not is_out_of_memory(error):

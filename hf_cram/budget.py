@@ -32,7 +32,7 @@ def parse_duration(text: str | float) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as `0:02:05`, or `1 day, 0:00:00` style for a person: hours may exceed 24."""
+    """Seconds as `0:02:05` for a person; hours may exceed 24."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

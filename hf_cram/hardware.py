@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from .data.collator import masked_tokens
 
@@ -212,7 +213,9 @@ def training_flops(
 ) -> int:
     """FLOPs of the matrix products in one forward and backward pass over `batch`, counted on a copy of the model."""
     probe = copy.deepcopy(model).train()
-    # The fused CPU attention has no formula in the counter; the plain one does the same products.
+    # The fused CPU attention and flash attention have no formula in the counter; the plain one does the same products.
+    if isinstance(probe, PreTrainedModel) and "flash" in str(probe.config._attn_implementation):
+        probe.set_attn_implementation("sdpa")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         compute_loss(probe, batch).backward()
     return counter.get_total_flops()

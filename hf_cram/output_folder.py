@@ -98,12 +98,13 @@ def move_earlier_run_aside(output_dir: Path) -> Path | None:
             f"{output_dir} holds an earlier run or a model, and is (or is above) the working folder, which cannot be "
             f"moved: {way_out}"
         )
-    target = first_free(output_dir.with_name(f"{output_dir.name}.previous"))
+    folder = output_dir.resolve()  # a link stays, and its folder on its disk
+    target = first_free(folder.with_name(f"{folder.name}.previous"))
     try:
-        os.rename(output_dir, target)
+        os.rename(folder, target)
     except OSError as error:
         raise CheckpointError(
             f"{output_dir} holds an earlier run or a model, and cannot be moved to {target} ({error.strerror}): {way_out}"
         ) from error
-    output_dir.mkdir()
+    folder.mkdir()
     return target

@@ -1,6 +1,7 @@
 """Recipes: YAML files of dataclass fields, which the command line overrides."""
 
 import json
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields, make_dataclass
@@ -41,10 +42,18 @@ def _check_model(arguments: Any) -> None:
         raise ValueError(str(error.__cause__ or error)) from error
 
 
+def _help_of_fields(docstring: str) -> dict[str, str]:
+    """What `name (`type`): text` of a docstring says of each name, in one line each."""
+    entries = re.findall(r"^ +(\w+) \(`.*\):\s+((?:(?! *\w+ \(`).+\n?)+)", docstring, re.MULTILINE)
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
+
+
+_HELP = _help_of_fields(CrammedBertConfig.__doc__ or "")
+
 ModelArguments = make_dataclass(
     "ModelArguments",
     [
-        (spec.name, _plain_type(spec.type), field(default=spec.default, metadata={"help": "See CrammedBertConfig."}))
+        (spec.name, _plain_type(spec.type), field(default=spec.default, metadata={"help": _HELP.get(spec.name, "")}))
         for spec in fields(CrammedBertConfig)
         if spec.name in CrammedBertConfig.__annotations__ and spec.name not in TOKENIZER_FIELDS
     ],

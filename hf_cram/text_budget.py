@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from .data.collator import parse_phases
@@ -38,7 +39,7 @@ def is_limit_wanted(data_args: DataArguments, text_args: TextBudgetArguments) ->
     """Whether the run's budget is to limit the text: where that is asked for, or not said and the text streams."""
     if data_args.max_train_tokens is not None or text_args.text_for_budget is not None:
         return data_args.max_train_tokens is None and bool(text_args.text_for_budget)
-    return any(source.streaming for source in data_args.named_sources().values())
+    return any(source.streaming and not source.train_files for source in data_args.named_sources().values())
 
 
 def limit_text_to_budget(
@@ -94,10 +95,15 @@ def _tokens_per_second(
     path = open_cache(data_args) / "speeds" / f"{key}.json"
     speed = None if data_args.overwrite_cache else _read_speed(path)
     if speed is None:
-        with memory_errors("per_device_train_batch_size", batch[0]):
-            speed = measure_tokens_per_second(config, training_args, batch, rate)
         try:
-            write_json_atomically(path, {"tokens_per_second": speed})
+            path.parent.mkdir(exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                # Runs that begin together are to read the same text.
+                speed = None if data_args.overwrite_cache else _read_speed(path)
+                if speed is None:
+                    with memory_errors("per_device_train_batch_size", batch[0]):
+                        speed = measure_tokens_per_second(config, training_args, batch, rate)
+                    write_json_atomically(path, {"tokens_per_second": speed})
         except OSError as error:
             raise DataError(
                 f"the cache {path.parent} cannot be written ({system_cause(error)}): set cache_dir, or "

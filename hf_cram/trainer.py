@@ -45,6 +45,7 @@ from .checkpointing import (
     rotate,
     save_errors,
 )
+from .data.collator import DataCollatorForFixedCountMasking
 from .embedding_initialization import initialize_embeddings_from_text
 from .hardware import forget_peak_memory, memory_errors, peak_memory_bytes, training_flops
 from .hardware_choices import HardwareChoices
@@ -169,11 +170,11 @@ class CramTrainer(Trainer):
         self._keeps_folder = False
         self._locks = contextlib.ExitStack()
         self._step_loss = torch.zeros(())
-        self._row_flops = 0.0
+        self._row_flops: dict[float | None, float] = {}
         self._eval_seconds: float | None = None
         self._save_seconds: float | None = None
-        self._session_start = (0.0, 0, 0)
-        self._last_log = (0.0, 0, 0)
+        self._session_start = (0.0, 0, 0, 0.0)
+        self._last_log = (0.0, 0, 0, 0.0)
         self._is_staging = False
         self._intervals = {
             name: Interval(text)
@@ -263,7 +264,7 @@ class CramTrainer(Trainer):
     def _expected_eval_seconds(self) -> float:
         if self._eval_seconds is not None or self.eval_dataset is None:
             return self._eval_seconds or 0.0
-        start_seconds, start_rows, _ = self._session_start
+        start_seconds, start_rows, *_ = self._session_start
         seconds_per_row = (self._elapsed_seconds - start_seconds) / max(1, self.run_state.rows_seen - start_rows)
         return EVALUATION_SHARE * seconds_per_row * len(self.eval_dataset)
 
@@ -336,6 +337,7 @@ class CramTrainer(Trainer):
         )
         memory = memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size)
         with heartbeat, self._signals(), memory:
+            self._read_clock()  # for an evaluation before the first step
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             self._read_clock()
             # A signal after the last step: the caller is told of a checkpoint as after any other.
@@ -429,11 +431,24 @@ class CramTrainer(Trainer):
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _measure_row_flops(self) -> float:
-        """FLOPs of one training row, counted on one micro-batch of one row."""
-        with keep_random_state():
-            compute_loss = functools.partial(self.compute_loss, num_items_in_batch=1)
-            return float(training_flops(self.model, self._one_row(), compute_loss))
+    def _measure_row_flops(self) -> dict[float | None, float]:
+        """FLOPs of one training row at each mask rate, counted on one micro-batch of one row."""
+        compute_loss = functools.partial(self.compute_loss, num_items_in_batch=1)
+        collator: Any = self.data_collator
+        flops: dict[float | None, float] = {}
+        is_phased = isinstance(collator, DataCollatorForFixedCountMasking)
+        for start, _ in reversed(collator.phases if is_phased else [(0.0, None)]):
+            if is_phased:
+                collator.follow_budget(start)
+            with keep_random_state(), self.accelerator.autocast():
+                flops[self._mask_rate] = float(training_flops(self.model, self._one_row(), compute_loss))
+        return flops
+
+    @property
+    def _mask_rate(self) -> float | None:
+        """That of the current phase, with which the FLOPs of a row change."""
+        collator = self.data_collator
+        return collator.mlm_probability if isinstance(collator, DataCollatorForFixedCountMasking) else None
 
     def _one_row(self, position: int = 0) -> dict[str, Any]:
         """A training batch of one row."""
@@ -448,7 +463,7 @@ class CramTrainer(Trainer):
         for position in range(TRIED_ROWS):
             losses: list[Any] = []
             for count in (1, 2):
-                with keep_random_state():  # the same masks and dropout
+                with keep_random_state(), self.accelerator.autocast():  # the same masks and dropout
                     loss = self.compute_loss(self.model.train(), self._one_row(position), num_items_in_batch=count)
                     losses.append(loss)
             if all(loss.isfinite() and loss != 0 for loss in losses):  # else no token of the row is masked
@@ -607,6 +622,7 @@ class CramTrainer(Trainer):
                 loss = loss + super().training_step(model, micro_batch, num_items_in_batch)
         self._step_loss = loss
         self.run_state.rows_seen += rows * self.args.world_size
+        self.run_state.training_flops += self.floating_point_ops(inputs) * self.args.world_size
         if self._counts_tokens:
             self.run_state.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         return loss
@@ -616,7 +632,7 @@ class CramTrainer(Trainer):
         return self.model.main_input_name == "input_ids"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
-        return self._row_flops * len(next(iter(inputs.values())))
+        return self._row_flops.get(self._mask_rate, 0.0) * len(next(iter(inputs.values())))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -732,12 +748,13 @@ class CramTrainer(Trainer):
 
     # ---- Progress ----
 
-    def _counts(self) -> tuple[float, int, int]:
-        return self._elapsed_seconds, self.run_state.rows_seen, self.run_state.tokens_seen
+    def _counts(self) -> tuple[float, int, int, float]:
+        state = self.run_state
+        return self._elapsed_seconds, state.rows_seen, state.tokens_seen, state.training_flops
 
     def progress(self) -> BudgetProgress:
         """Where the run stands; rates are of this session."""
-        seconds, rows, tokens = (now - then for now, then in zip(self._counts(), self._session_start, strict=True))
+        seconds, rows, tokens, _ = (now - then for now, then in zip(self._counts(), self._session_start, strict=True))
         units = tokens if self._counts_tokens else rows
         rate = units / seconds if seconds > 0 else 0.0
         seen = self.run_state.tokens_seen if self._counts_tokens else self.run_state.rows_seen
@@ -749,11 +766,11 @@ class CramTrainer(Trainer):
             unit="tokens" if self._counts_tokens else "samples",
             units_seen=seen,
             units_per_second=rate,
-            estimated_units=seen + rate * seconds_left(self._elapsed_seconds, fraction) if fraction > 0 else None,
+            estimated_units=seen + rate * self._elapsed_seconds * (1 - fraction) / fraction if fraction > 0 else None,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        seconds, rows, tokens = (now - then for now, then in zip(self._counts(), self._last_log, strict=True))
+        seconds, rows, tokens, flops = (now - then for now, then in zip(self._counts(), self._last_log, strict=True))
         logs["elapsed_seconds"] = self._elapsed_seconds
         logs["samples_seen"] = self.run_state.rows_seen
         if self._counts_tokens:
@@ -762,9 +779,9 @@ class CramTrainer(Trainer):
             if self._counts_tokens:
                 logs["tokens_per_second"] = tokens / seconds
             logs["samples_per_second"] = rows / seconds
-            flops = rows * self._row_flops / seconds / self.args.world_size
-            logs["model_flops_per_second"] = flops * self.args.world_size
-            logs["matmul_peak_share"] = flops / self._hardware_choices.matmul_peak
+            logs["model_flops_per_second"] = flops / seconds
+            peak = self._hardware_choices.matmul_peak * self.args.world_size
+            logs["matmul_peak_share"] = flops / seconds / peak
             logs["batch_rows"] = self._batch_rows(self.budget_fraction)
             logs["skipped_steps"] = self.run_state.skipped_steps
             logs.update(self._follower_logs)
@@ -781,7 +798,7 @@ class CramTrainer(Trainer):
             "skipped_steps": self.run_state.skipped_steps,
             "optimizer_steps": self.state.global_step,
             "matmul_peak_flops_per_second": self._hardware_choices.matmul_peak,
-            "training_flops": self.run_state.rows_seen * self._row_flops,
+            "training_flops": self.run_state.training_flops,
             "peak_memory_bytes": peak_memory_bytes(self.args.device),
         }
         if self._counts_tokens:
@@ -800,11 +817,6 @@ def _leave_signals_to_the_trainer(_: int) -> None:
     """In a loader worker: what stops a run reaches all its processes, and the last step still needs its rows."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def seconds_left(elapsed_seconds: float, fraction: float) -> float:
-    """Seconds until the end of a run that took `elapsed_seconds` for `fraction` of itself."""
-    return elapsed_seconds * (1 - fraction) / fraction
 
 
 __all__ = ["CheckpointError", "CramTrainer", "NonFiniteError"]

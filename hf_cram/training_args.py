@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -31,6 +32,8 @@ REFUSED_FIELDS = {
     "metric_for_best_model": "has no place under a budget: the last model is the result; leave it out",
     "hub_always_push": "has no place here: while one push runs, the newest checkpoint waits",
     "auto_find_batch_size": "restarts training inside the clock: set per_device_train_batch_size",
+    "label_smoothing_factor": "would change the held-out loss as well: give CramTrainer a compute_loss_func",
+    "dataloader_drop_last": "would leave held-out rows out: training has full batches anyway; leave it out",
 }
 STEPS_OF_STRATEGY = {
     "save_steps": ("save_strategy", "save_interval"),
@@ -243,12 +246,10 @@ class CramTrainingArguments(OpenPrecisionArguments):
         defaults = {spec.name: spec.default for spec in fields(self)}
         for name, instead in REPLACED_FIELDS.items():
             if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} has no place under a budget: set {instead}")
+                raise ValueError(_replaced(name, instead))
         for name, (strategy, interval) in STEPS_OF_STRATEGY.items():
             if getattr(self, name) != defaults[name] and getattr(self, strategy) == "no":
-                raise ValueError(
-                    f"{name} does nothing by itself: set {interval} instead, or {strategy}: steps with it"
-                )
+                raise ValueError(_without_strategy(name, strategy, interval))
             steps = getattr(self, name)
             if getattr(self, strategy) == "steps" and steps is not None and steps < 1 and self.max_steps <= 0:
                 raise ValueError(f"{name} below 1 is a share of max_steps, which is not set: set {interval} instead")
@@ -267,8 +268,16 @@ class CramTrainingArguments(OpenPrecisionArguments):
             )
         if self.per_device_train_batch_size < 1:
             raise ValueError(f"per_device_train_batch_size must be at least 1, got {self.per_device_train_batch_size}")
+        if self.per_device_eval_batch_size < 1:
+            raise ValueError(f"per_device_eval_batch_size must be at least 1, got {self.per_device_eval_batch_size}")
+        if self.dataloader_persistent_workers and self.dataloader_num_workers < 1:
+            raise ValueError(
+                "dataloader_persistent_workers: there are none: set dataloader_num_workers, or leave it out"
+            )
         if not 0 <= self.batch_ramp_until <= 1:
             raise ValueError(f"batch_ramp_until is a fraction of the budget from 0 to 1, got {self.batch_ramp_until}")
+        if self.batch_ramp_until > 0 and self.train_batch_rows is None:
+            raise ValueError("batch_ramp_until has nothing to ramp up to: set train_batch_rows with it")
         if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
             raise ValueError(f"muon_learning_rate must be above 0, got {self.muon_learning_rate}")
         if self.muon_learning_rate is not None and (self.optim_args or self.optim not in ADAMW_NAMES):
@@ -287,6 +296,27 @@ class CramTrainingArguments(OpenPrecisionArguments):
                 f"(per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes): change "
                 "one of these"
             )
+
+
+def check_given(given: Collection[str], args: CramTrainingArguments) -> None:
+    """
+    Raises `ValueError` for a field that a recipe or the command line sets to its default and that does nothing under a
+    budget: the arguments alone cannot tell it from one that is not set.
+    """
+    for name, instead in REPLACED_FIELDS.items():
+        if name in given:
+            raise ValueError(_replaced(name, instead))
+    for name, (strategy, interval) in STEPS_OF_STRATEGY.items():
+        if name in given and getattr(args, name) is not None and getattr(args, strategy) == "no":
+            raise ValueError(_without_strategy(name, strategy, interval))
+
+
+def _replaced(name: str, instead: str) -> str:
+    return f"{name} has no place under a budget: set {instead}"
+
+
+def _without_strategy(name: str, strategy: str, interval: str) -> str:
+    return f"{name} does nothing by itself: set {interval} instead, or {strategy}: steps with it"
 
 
 def read_schedule_shape(given: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -210,7 +213,7 @@ def test_the_speed_of_a_gpu_is_not_measured_without_one(recipe, capsys, options,
 def test_bf16_is_measured_where_a_cpu_is_meant(recipe, tmp_path, capsys):
     options = ["--fp16", "false", "--bf16", "true", "--use_cpu", "true", "--text_for_budget", "true"]
     assert main([str(recipe), *options, "--time_budget", "1s"]) == 0
-    assert len(list((tmp_path / "cache/speeds").iterdir())) == 1
+    assert len(list((tmp_path / "cache/speeds").glob("*.json"))) == 1
 
 
 def test_what_a_machine_refuses_is_one_line(recipe, tmp_path, monkeypatch, capsys):
@@ -269,7 +272,7 @@ def test_the_limit_is_what_the_budget_can_consume(tmp_path, monkeypatch, caplog)
     assert limited(data_args, training_args, text_for_budget=True) == 2_500_000
     data_args, training_args = arguments(tmp_path, time_budget="100s", max_steps=10, train_batch_rows=8)
     assert limited(data_args, training_args, text_for_budget=True) == 10 * 8 * 16
-    (remembered,) = (tmp_path / "cache/speeds").iterdir()
+    (remembered,) = (tmp_path / "cache/speeds").glob("*.json")
     remembered.write_text("{")
     data_args, training_args = arguments(tmp_path, time_budget="100s")
     assert limited(data_args, training_args, text_for_budget=True) == 600
@@ -288,7 +291,7 @@ def test_another_library_or_machine_is_measured_anew(tmp_path, monkeypatch):
                 patch.setattr(f"hf_cram.text_budget.{changed}", value)
             data_args, training_args = arguments(tmp_path, time_budget="100s")
             limited(data_args, training_args, text_for_budget=True)
-    assert len(list((tmp_path / "cache/speeds").iterdir())) == 4
+    assert len(list((tmp_path / "cache/speeds").glob("*.json"))) == 4
 
 
 def test_a_limit_is_for_streams_and_on_request(tmp_path):
@@ -303,6 +306,27 @@ def test_a_limit_is_for_streams_and_on_request(tmp_path):
         assert is_limit_wanted(data_args, TextBudgetArguments(text_for_budget=told)) == wanted
     mix = {"a": {"dataset_name": "some/set"}, "b": {"dataset_name": "other/set", "streaming": True}}
     assert is_limit_wanted(DataArguments(sources=mix), TextBudgetArguments())
+    # A recipe of a stream, given own files in its place: they are all read.
+    assert not is_limit_wanted(DataArguments(train_files=["a.txt"], streaming=True), TextBudgetArguments())
+
+
+def test_runs_that_begin_together_read_the_same_text(tmp_path, monkeypatch):
+    begun, speeds = threading.Event(), iter([1000.0, 3000.0])
+
+    def measure(*_):
+        begun.set()
+        time.sleep(0.3)
+        return next(speeds)
+
+    def limit():
+        data_args, training_args = arguments(tmp_path, time_budget="100s")
+        return limited(data_args, training_args, text_for_budget=True)
+
+    monkeypatch.setattr(text_budget, "measure_tokens_per_second", measure)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(limit)
+        assert begun.wait(60)
+        assert limit() == first.result() == 200_000
 
 
 def test_measuring_a_model_leaves_the_random_state_alone(tmp_path, tiny_config):

@@ -3,7 +3,7 @@
 import importlib
 import itertools
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -119,6 +119,13 @@ def test_every_program_explains_its_options(program, monkeypatch, capsys):
         importlib.import_module(program).main()
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("usage: ")
+
+
+def test_every_field_of_the_model_has_its_help():
+    helps = {spec.name: spec.metadata["help"] for spec in fields(ModelArguments)}
+    assert helps["final_norm"] == "a norm after the last layer."
+    assert "gates the other half, so the second matrix is" in helps["intermediate_size"]  # of several lines
+    assert len(set(helps.values())) == len(helps)
 
 
 def test_none_on_the_command_line_is_a_recipes_null():

@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -28,6 +30,7 @@ from hf_cram.data.pipeline import DataArguments
 from hf_cram.launching import missing_processes, use_all_cores
 from hf_cram.recipes import ModelArguments, RecipeParser
 from hf_cram.training_args import CramTrainingArguments
+from run_mlm_cram import check_same_rows, shareable
 
 WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
 SMALL = [
@@ -242,6 +245,30 @@ def test_two_processes_launched_by_accelerate(text, tmp_path, python_environment
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert (recipe["text_for_budget"], recipe["row_order"]) == (True, "sentence_length")
     assert not {"max_train_tokens", "train_sampling_strategy"} & set(recipe)
+    assert results["max_train_tokens"] > 0
+
+
+def test_processes_that_found_another_text_do_not_train(monkeypatch):
+    corpus = SimpleNamespace(train_dataset=SimpleNamespace(dataset_id="mine"))
+    check_same_rows(corpus)
+    monkeypatch.setattr("run_mlm_cram.gather_object", lambda values: [*values, "another's"])
+    with pytest.raises(DataError, match="the text has changed"):
+        check_same_rows(corpus)
+
+
+def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_cram.launching.end_with_launcher", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(REPOSITORY / "run_mlm_cram.py"), run_name="__main__")
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "run_mlm_cram.py: stopped; what was prepared and saved before is kept\n"
+
+
+def test_a_recipe_may_say_none_to_its_sources():
+    assert shareable({"sources": "none", "vocab_size": 99}) == {"sources": "none", "vocab_size": 99}
 
 
 def test_accelerate_on_a_cpu_is_held_to_the_number_asked_for():
@@ -390,4 +417,3 @@ def test_killed_at_random_moments_it_resumes_to_the_same_weights(
     server.stdin.close()
     server.wait()
     server.stdout.close()
-    assert killed >= kills

@@ -30,15 +30,18 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_cram import CrammedBertForMaskedLM
 from hf_cram.callbacks import LossCurveCallback
 from hf_cram.checkpointing import CheckpointError, RunState, clear_staging, last_checkpoint, publish_checkpoint
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.hardware import MicroBatchMemoryError
+from hf_cram.modeling_crammed_bert import eager_attention_forward
+from hf_cram.output_folder import move_earlier_run_aside
 from hf_cram.row_stream import RowStream
 from hf_cram.trainer import CramTrainer, NonFiniteError
-from hf_cram.training_args import CramTrainingArguments
+from hf_cram.training_args import CramTrainingArguments, check_given
 
 
 class FakeClock:
@@ -168,10 +171,10 @@ def test_max_steps_is_an_upper_limit(tiny_config, tokenizer, tmp_path):
 
 
 def test_real_seconds(tiny_config, tokenizer, tmp_path):
-    trainer = make_trainer(tiny_config, tokenizer, tmp_path, time_budget="1s", logging_interval="20%")
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, time_budget="3s", logging_interval="20%")
     trainer.train()
     metrics = trainer.budget_metrics()
-    assert metrics["train_seconds"] >= 1.0
+    assert metrics["train_seconds"] >= 3.0
     assert metrics["tokens_seen"] == metrics["samples_seen"] * 16
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) >= 2
@@ -276,6 +279,31 @@ def test_a_loss_of_ones_own_is_trained_and_its_flops_counted(tiny_config, tmp_pa
         assert trainer.budget_metrics()["training_flops"] > 0
     assert logged[0][-1] < logged[0][0]
     assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+
+
+def test_flops_follow_the_mask_rate(tiny_config, tokenizer, tmp_path):
+    flops = []
+    for number, rate in enumerate(("0.4", "0.2", "0:0.4,0.5:0.2")):
+        trainer = make_trainer(tiny_config, tokenizer, tmp_path / str(number), max_steps=4, rate=rate)
+        trainer.train()
+        flops.append(trainer.budget_metrics()["training_flops"])
+    assert flops[0] > flops[1]
+    assert flops[2] == pytest.approx((flops[0] + flops[1]) / 2)
+
+
+@pytest.mark.usefixtures("own_accelerator")
+def test_an_attention_that_takes_half_precision_only_can_train(tiny_config, tokenizer, tmp_path, monkeypatch):
+    """As flash attention does."""
+
+    def attend(module, query, *rest, **kwargs):
+        if query.dtype == torch.float32:
+            raise RuntimeError("half precision only")
+        return eager_attention_forward(module, query, *rest, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "half", attend)
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=2, bf16=True, attn_implementation="half")
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 class StopAt(TrainerCallback):
@@ -599,6 +627,30 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny_config, tokenizer, tmp_path,
     assert "was moved to" in caplog.text
 
 
+def test_a_linked_output_folder_stays_a_link(tiny_config, tmp_path):
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "disk")
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(out)
+    moved = move_earlier_run_aside(out)
+    assert moved == tmp_path / "disk.previous-1"
+    assert (moved / "config.json").exists()
+    assert out.is_symlink()
+    assert list(out.iterdir()) == []
+
+
+def test_an_evaluation_before_the_first_step_stands_where_the_clock_does(tiny_config, tokenizer, tmp_path):
+    settings = {"max_steps": 2, "save_interval": "50%", "eval_on_start": True, "eval_interval": "50%"}
+    first = make_trainer(tiny_config, tokenizer, tmp_path / "out", **settings)
+    first.train()
+    settings["max_steps"] = 4
+    resumed = make_trainer(tiny_config, tokenizer, tmp_path / "out", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    clock = [entry["elapsed_seconds"] for entry in resumed.state.log_history if "eval_loss" in entry]
+    assert clock[0] > 0
+    assert clock == sorted(clock)
+
+
 def test_a_model_that_no_run_has_left_is_moved_aside_too(tiny_config, tokenizer, tmp_path):
     out = tmp_path / "out"
     CrammedBertForMaskedLM(tiny_config).save_pretrained(out)
@@ -903,6 +955,11 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"time_budget": "5s", "report_to": "clearml"}, "clearml is not installed"),
         ({"time_budget": "5s", "optim": "adamw_bnb_8bit"}, "optim: .*bitsandbytes"),
         ({"time_budget": "5s", "batch_ramp_until": 2.0}, "fraction of the budget"),
+        ({"time_budget": "5s", "batch_ramp_until": 0.5}, "set train_batch_rows with it"),
+        ({"time_budget": "5s", "label_smoothing_factor": 0.1}, "would change the held-out loss as well"),
+        ({"time_budget": "5s", "dataloader_drop_last": True}, "would leave held-out rows out"),
+        ({"time_budget": "5s", "dataloader_persistent_workers": True}, "set dataloader_num_workers"),
+        ({"time_budget": "5s", "per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1"),
         ({"time_budget": "5s", "save_interval": "now and then"}, "not an interval"),
         ({"time_budget": "5s", "hub_token": "secret"}, "HF_TOKEN"),
         ({"time_budget": "5s", "max_nonfinite_steps": 0}, "at least 1"),
@@ -927,6 +984,14 @@ def test_wrong_arguments_are_one_line(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             make_arguments(tmp_path, **values)
         assert "secret" not in str(caught.value)
+
+
+def test_a_default_that_was_asked_for_is_refused_like_any_other_value(tmp_path):
+    args = make_arguments(tmp_path, time_budget="5s", logging_strategy="steps")
+    check_given({"learning_rate", "logging_steps", "logging_strategy"}, args)
+    for name, instead in (("lr_scheduler_type", "lr_schedule"), ("save_steps", "save_interval")):
+        with pytest.raises(ValueError, match=f"{name} .* set {instead}"):
+            check_given({name}, args)
 
 
 def test_a_process_uses_one_of_several_gpus(tmp_path, monkeypatch, caplog):

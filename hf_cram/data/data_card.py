@@ -66,17 +66,18 @@ def build_data_card(
         vocab_size=f"{description['vocab_size']:,}",
         dtype=description["dtype"],
         splits=[
-            {"name": name, "rows": f"{split['rows']:,}", "tokens": f"{split['rows'] * length:,}", **_hash_of(split)}
+            {
+                "name": name,
+                "rows": f"{split['rows']:,}",
+                "tokens": f"{split['rows'] * length:,}",
+                "sha256": split["sha256"],
+            }
             for name, split in splits.items()
         ],
         tables=statistics_tables(description["statistics"]),
         settings=yaml.safe_dump(dict(description["settings"]), sort_keys=True, allow_unicode=True).strip(),
         score_words=score_words,
     )
-
-
-def _hash_of(split: Mapping[str, Any]) -> dict[str, str]:
-    return {"sha256": split["sha256"]}
 
 
 def size_category(num_rows: int) -> str:

@@ -14,6 +14,10 @@ class DataError(ValueError):
     """The text cannot be used; the message names the file or data set, the cause and the way out."""
 
 
+class TextChangedError(DataError):
+    """A file is another one than when its content was hashed: what was read of it goes by a wrong key."""
+
+
 class SkipReport:
     """Counts documents left out, by reason, and remembers the first place of each; a `total` counts them too."""
 

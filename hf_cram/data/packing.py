@@ -80,7 +80,7 @@ def pack_rows(
     Pack tokenized documents into `train.bin` and `eval.bin` in `folder`.
 
     Rows hold documents end to end with a separator between them and no `[CLS]` (paper, section 4.1); only the last
-    partial row is dropped. Documents go to the held-out rows by the hash of their content, lowest first, until
+    partial row is dropped. Documents go to the held-out rows by the hash of their tokens, lowest first, until
     `eval_rows` rows or 5 % of the tokens are full. Of a held-out document that stands in the text several times one
     copy is held out, and the others are left out of the training rows.
 

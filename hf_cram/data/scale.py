@@ -62,7 +62,7 @@ def _run_stages(plan: ScalePlan, scale: ScaleArguments) -> None:
         from .scale_executors import RUN
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
-        raise DataError(f"{missing} is missing: pip install 'hf_cram[scale]'") from error
+        raise DataError(f"{missing} is missing: pip install '.[scale]' in a checkout of hf_cram") from error
     RUN[scale.executor](plan, scale)
 
 

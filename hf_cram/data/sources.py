@@ -14,7 +14,7 @@ import zstandard
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .cache import cached_entry, hash_of
-from .errors import DataError, SkipReport
+from .errors import DataError, SkipReport, TextChangedError
 from .hub_datasets import count_rows, fingerprint_hub_dataset, list_folder, load_hub_dataset, read_hub_dataset
 from .input_files import expand_files, fingerprint_files, size_of_files
 from .installed_docs import fingerprint_installed, read_installed_docs
@@ -89,10 +89,10 @@ class _OpenSource:
         return count_rows(self._dataset, self.settings.dataset_split)
 
     def check_unchanged(self) -> None:
-        """Raises [`DataError`] where a file is another one than when its content was hashed, by which rows are kept."""
+        """Raises [`TextChangedError`] for another file than the one whose content was hashed, by which rows are kept."""
         check_stamps(self._stamps)
         if self._folder is not None and set(list_folder(self._folder)) != set(self._stamps):
-            raise DataError(
+            raise TextChangedError(
                 f"{self._folder}: its files have changed since this run began: start again when it is complete"
             )
 
@@ -170,7 +170,7 @@ class TextSource:
 
     def check_unchanged(self) -> None:
         """
-        Raises [`DataError`] where a file has changed since its content was hashed.
+        Raises [`TextChangedError`] where a file has changed since its content was hashed.
 
         [`documents`] looks before and behind each file's pass; who stops before the end has to ask.
         """
@@ -196,10 +196,10 @@ def stamps_of(files: Iterable[Path]) -> dict[Path, tuple[int, int] | None]:
 
 
 def check_stamps(stamps: Mapping[Path, tuple[int, int] | None]) -> None:
-    """Raises [`DataError`] for a file that has changed since its stamp was taken."""
+    """Raises [`TextChangedError`] for a file that has changed since its stamp was taken."""
     for file, stamp in stamps.items():
         if _stamp(file) != stamp:
-            raise DataError(f"{file}: it has changed since this run began: start again when it is complete")
+            raise TextChangedError(f"{file}: it has changed since this run began: start again when it is complete")
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .cache import cached_entry
-from .errors import DataError
+from .errors import DataError, TextChangedError
 from .filtering import DocumentFilter, FilterArguments
 from .ordering import OrderingArguments, order_rows
 from .packing import pack_rows, token_dtype
@@ -181,17 +181,21 @@ class TokensStage:
         settings, record = self._settings, StepRecord("filter and tokenize")
         if self.place.overwrite:
             self._remove_unfinished()
-        with measured_step(record, estimate_total=lambda: self.text.estimated_characters) as advance:
-            shards = write_token_shards(
-                self.text.documents(self._count_tokens if self.counts_source_tokens else None),
-                settings,
-                self._unfinished,
-                lambda: {"skipped": dict(self.text.report.counts), "sources": self.text.counts},
-                available_workers(self.place.workers),
-                self.token_limit,
-                advance,
-            )
-        self.text.check_unchanged()
+        try:
+            with measured_step(record, estimate_total=lambda: self.text.estimated_characters) as advance:
+                shards = write_token_shards(
+                    self.text.documents(self._count_tokens if self.counts_source_tokens else None),
+                    settings,
+                    self._unfinished,
+                    lambda: {"skipped": dict(self.text.report.counts), "sources": self.text.counts},
+                    available_workers(self.place.workers),
+                    self.token_limit,
+                    advance,
+                )
+            self.text.check_unchanged()
+        except TextChangedError:
+            self._remove_unfinished()  # the key is that of the text as it was
+            raise
         self.text.report.warn()
         record.documents_in, record.documents_out = shards.total("documents_in"), shards.total("documents")
         record.characters_in, record.characters_out = shards.total("characters_in"), shards.total("characters")

@@ -121,7 +121,7 @@ class TokenShards:
         return samples
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths with the separator, (D,) int64, and content keys, (D,) uint64, of all documents in order."""
+        """Lengths with the separator, (D,) int64, and [`content_key`]s, (D,) uint64, of all documents in order."""
         records = [np.fromfile(self._path(i, ".documents"), DOCUMENT_RECORD) for i in range(len(self.summaries))]
         joined = np.concatenate([np.zeros(0, DOCUMENT_RECORD), *records])
         return joined["length"].astype(np.int64), joined["key"].astype(np.uint64)

@@ -48,7 +48,7 @@ class TokenizingSettings:
 class TokenizedBatch:
     """
     The kept documents of a batch: `tokens` of all of them, a separator after each, and for each document its length
-    with the separator, (d,) int64, and the hash of its content, (d,) uint64. `dropped` counts the others by reason.
+    with the separator, (d,) int64, and the hash of its tokens, (d,) uint64. `dropped` counts the others by reason.
     """
 
     tokens: np.ndarray
@@ -86,9 +86,9 @@ def has_independent_words(tokenizer: Tokenizer) -> bool:
     )
 
 
-def content_key(document: str) -> int:
-    """64-bit hash of a document, the same in every run."""
-    return int.from_bytes(hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+def content_key(tokens: bytes) -> int:
+    """64-bit hash of a document's tokens, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
 
 
 class _WordEncoder:
@@ -160,7 +160,7 @@ class DocumentTokenizer:
         return TokenizedBatch(
             tokens=np.frombuffer(self.separator.join([*encoded, b""]), dtype=self.dtype),
             lengths=np.fromiter(map(len, encoded), np.int64, len(kept)) // self.dtype.itemsize + 1,
-            keys=np.fromiter((content_key(document) for document, _ in kept), np.uint64, len(kept)),
+            keys=np.fromiter(map(content_key, encoded), np.uint64, len(kept)),
             num_characters=sum(len(document) for document, _ in kept),
             dropped=dropped,
             samples=samples,

@@ -243,6 +243,7 @@ def test_a_file_that_changes_behind_the_limit_of_a_text_is_an_error(tmp_path, mo
     settings = arguments(tmp_path, train_files=[str(path)], max_train_tokens=500)
     with pytest.raises(DataError, match=r"text\.txt: it has changed since this run began"):
         prepare_corpus(settings)
+    assert not list(tmp_path.rglob("*.unfinished"))  # shards of another text than their key says
     monkeypatch.undo()
     assert not prepare_corpus(settings).from_cache
 

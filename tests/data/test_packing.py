@@ -129,6 +129,17 @@ def test_copies_of_a_held_out_document_are_read_once_and_never_trained_on(wordpi
     assert len(held_out) == 20
 
 
+def test_documents_of_equal_tokens_are_copies(wordpiece, tmp_path):
+    kinds = make_documents(200)
+    texts = [*kinds, *(f"{kind.upper()}  \n" for kind in kinds)]
+    encoded = {tuple(encode(text, wordpiece)) for text in texts}
+    assert len(encoded) <= len(kinds)
+    _, train, held_out, _ = pack(texts, wordpiece, tmp_path, length=8, eval_rows=20)
+    _, same_train, same_held_out, _ = pack(kinds * 2, wordpiece, tmp_path / "same", length=8, eval_rows=20)
+    np.testing.assert_array_equal(held_out, same_held_out)
+    np.testing.assert_array_equal(train, same_train)
+
+
 def test_a_corpus_of_copies_keeps_nearly_all_of_its_text_for_training(wordpiece, tmp_path):
     kinds = make_documents(200)
     statistics, train, held_out, _ = pack(kinds * 10, wordpiece, tmp_path / "a", length=8, eval_rows=10_000)

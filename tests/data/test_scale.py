@@ -206,7 +206,7 @@ def test_without_datatrove_one_line_says_what_to_install(tmp_path, monkeypatch, 
     data = DataArguments(train_files=[str(write_files(tmp_path / "text"))], cache_dir=str(tmp_path / "cache"))
     assert main(data, ScaleArguments(tasks=2), PublishArguments()) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.endswith("error: datatrove is missing: pip install 'hf_cram[scale]'")
+    assert said.endswith("error: datatrove is missing: pip install '.[scale]' in a checkout of hf_cram")
 
 
 # datatrove's local executor
