@@ -5,8 +5,8 @@ Recipes against each other at one budget: time to the same held-out loss, and lo
 
 Every run is a process of its own; the arms take turns, on the same rows, tokenizer and held-out masks (15 %). An arm
 is an entry of benchmarks/speedrun_arms.yaml, or a recipe file. The clock stands still while torch compiles and while
-the held-out loss is measured; `--count_compile` counts compiling, from an empty cache. `--sweep` tries a grid on each
-arm, say 'learning_rate=1e-3,2e-3 train_batch_rows=64,128'. `--probe GLUE_FOLDER` asks of every model, and of each arm's network
+the held-out loss is measured (on a GPU, kernels that Triton tunes at their first call count); `--count_compile` counts
+compiling, from an empty cache. `--sweep` tries a grid on each arm, say 'learning_rate=1e-3,2e-3 train_batch_rows=64,128'. `--probe GLUE_FOLDER` asks of every model, and of each arm's network
 from scratch, what it is worth downstream (benchmarks/transfer_probe.py), behind the clock. Results: D/results.json,
 curves: D/curves.png.
 """
@@ -30,7 +30,6 @@ import yaml
 
 ARMS_FILE = Path(__file__).with_name("speedrun_arms.yaml")
 PROBE = Path(__file__).with_name("transfer_probe.py")
-TRAINING_ARGS = Path(__file__).parents[1] / "training_args"
 NUMBER = re.compile(r"[\d.]+e-?\d+")
 SPLIT_VALUES = re.compile(r",(?![^{]*})")  # not inside {...}
 EVAL_MLM_PROBABILITY, EVAL_MASK_SEED = 0.15, 2212
@@ -91,6 +90,17 @@ def build_model(arm: dict, tokenizer):
     )
 
 
+def training_arguments(job: dict, output_dir: str):
+    """What the trainer of a job is told."""
+    from hf_cram.training_args import CramTrainingArguments
+
+    limit = {"max_steps": job["max_steps"]} if job["max_steps"] else {"time_budget": str(job["time_budget_seconds"])}
+    return CramTrainingArguments(
+        output_dir=output_dir, bf16=True, torch_compile=job.get("torch_compile", True), use_cpu=job["use_cpu"],
+        report_to="none", disable_tqdm=True, seed=job["seed"], **limit, **job["arm"]["training"],
+    )  # fmt: skip
+
+
 def run_here(job: dict) -> dict:
     """Train one arm once; returns its curve and speed."""
     import inspect
@@ -104,7 +114,6 @@ def run_here(job: dict) -> dict:
     from hf_cram.data.packing import PackedRows, token_dtype
     from hf_cram.data.tokenization import load_tokenizer
     from hf_cram.trainer import CramTrainer
-    from hf_cram.training_args import CramTrainingArguments
 
     clock = PausedClock()
     if not job["count_compile"]:
@@ -119,15 +128,10 @@ def run_here(job: dict) -> dict:
     model = build_model(arm, tokenizer)
     takes_positions = "masked_positions" in inspect.signature(model.forward).parameters
     collator = DataCollatorForFixedCountMasking(
-        tokenizer, str(arm["mlm_probability"]), seed=job["seed"], return_masked_positions=takes_positions
+        tokenizer, **arm["masking"], seed=job["seed"], return_masked_positions=takes_positions
     )
     eval_batches = build_eval_batches(held_out, tokenizer, job["eval_rows"])
-    limit = {"max_steps": job["max_steps"]} if job["max_steps"] else {"time_budget": str(job["time_budget_seconds"])}
-    arguments = CramTrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="speedrun-"), bf16=True, torch_compile=job.get("torch_compile", True),
-        use_cpu=job["use_cpu"],
-        report_to="none", disable_tqdm=True, seed=job["seed"], **limit, **arm["training"],
-    )  # fmt: skip
+    arguments = training_arguments(job, tempfile.mkdtemp(prefix="speedrun-"))
     curve: list[list[float]] = []
     points: list[float] = []  # of each entry of the curve
 
@@ -143,6 +147,8 @@ def run_here(job: dict) -> dict:
         )  # fmt: skip
     trainer.add_callback(at_points(lambda: trainer.budget_fraction, measure))
     trainer.train()
+    if trainer.interrupted_by is not None:
+        raise SystemExit(128 + trainer.interrupted_by)  # not a run of the budget
     measure(END)
     seconds, final_loss = curve[-1]
     if job.get("save_to"):
@@ -254,30 +260,53 @@ def parse_overrides(words: list[str]) -> list[dict]:
     return [dict(point) for point in itertools.product(*choices)]
 
 
-def split_fields(fields: dict) -> dict:
-    """A flat recipe as what the collator, the model and the trainer take; what belongs to text and output is left out."""
+def left_out_fields() -> set[str]:
+    """Fields of a recipe that the harness decides for every arm alike, or that belong to text and output."""
     from dataclasses import fields as fields_of
 
-    from hf_cram.data.pipeline import DataArguments
-    from hf_cram.training_args import CramTrainingArguments
+    from hf_cram.recipes import ModelArguments
+    from hf_cram.script_args import RECIPE_PARTS, MaskingArguments
 
-    training_names = {spec.name for spec in fields_of(CramTrainingArguments)}
-    data_names = {spec.name for spec in fields_of(DataArguments)}
     ours = {
         "output_dir", "time_budget", "max_steps", "logging_interval", "eval_interval", "save_interval", "bf16", "fp16",
         "torch_compile", "use_cpu", "seed", "report_to", "disable_tqdm", "train_sampling_strategy", "push_to_hub",
     }  # fmt: skip
-    arm: dict = {"training": {}, "model": {}, "mlm_probability": 0.15}
+    others = [part for part in RECIPE_PARTS if part not in (ModelArguments, MaskingArguments)]
+    return ours | {spec.name for part in others for spec in fields_of(part)}
+
+
+def split_fields(fields: dict) -> dict:
+    """A flat recipe as what the collator, the model and the trainer take, without the [`left_out_fields`]."""
+    from dataclasses import fields as fields_of
+
+    from hf_cram.script_args import MaskingArguments
+    from hf_cram.training_args import CramTrainingArguments
+
+    training_names = {spec.name for spec in fields_of(CramTrainingArguments)}
+    left_out = left_out_fields()
+    arm: dict = {
+        "training": {},
+        "model": {},
+        "masking": {spec.name: spec.default for spec in fields_of(MaskingArguments)},
+    }
     for name, value in fields.items():
-        if name in ours or name in data_names:
+        if name in left_out:
             continue
         if isinstance(value, str) and NUMBER.fullmatch(value):
             value = float(value)  # YAML takes 1e-3 for a word
-        if name == "mlm_probability":
-            arm[name] = value
-        else:
-            arm["training" if name in training_names else "model"][name] = value
+        part = "masking" if name in arm["masking"] else "training" if name in training_names else "model"
+        arm[part][name] = value
     return arm
+
+
+def check_arms(jobs: dict[str, dict], tokenizer) -> None:
+    """A mistake in an arm is to show before the first run. Raises `ValueError` or `SystemExit`."""
+    import torch
+
+    for job in jobs.values():
+        with torch.device("meta"):
+            build_model(job["arm"], tokenizer)
+        training_arguments({**job, "seed": 0}, job["output_dir"])
 
 
 def run_job(job: dict, name: str) -> dict:
@@ -329,7 +358,9 @@ def run_all(
         for name in (jobs if seed % 2 == 0 else reversed(jobs))
     ]
     with ThreadPoolExecutor(at_once) as pool:
-        results = dict(zip(order, pool.map(lambda turn: run(*turn), order), strict=True))
+        # A run that fails ends it all, before the next one begins.
+        outcomes = (map if at_once == 1 else pool.map)(lambda turn: run(*turn), order)
+        results = dict(zip(order, outcomes, strict=True))
     return {name: [results[name, seed] for seed in range(first_seed, first_seed + seeds)] for name in jobs}
 
 
@@ -369,9 +400,9 @@ def print_probe(title: str, scores: dict) -> None:
     print(f"{title}: {tasks}", flush=True)
 
 
-def report(runs: dict[str, list[dict]], output_dir: Path) -> dict:
+def report(runs: dict[str, list[dict]], output_dir: Path, timed: bool = True) -> dict:
     """Print the table, write `results.json` and `curves.png`; returns the summary."""
-    summary = summarize(runs)
+    summary = summarize(runs, timed)
     (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw(summary, output_dir / "curves.png")
     print_table(summary)
@@ -398,15 +429,18 @@ def median_curve(results: list[dict]) -> list[list[float]]:
     return [[statistics.median(points[point][i] for points in by_point) for i in (0, 1)] for point in shared]
 
 
-def summarize(runs: dict[str, list[dict]]) -> dict:
-    """Medians over the seeds, and for each arm how much sooner it passes the final loss of the first arm."""
+def summarize(runs: dict[str, list[dict]], timed: bool = True) -> dict:
+    """
+    Medians over the seeds, and for each arm how much sooner it passes the final loss of the first arm; no times of runs
+    that shared the machine.
+    """
     rival = next(iter(runs))
     summary: dict = {"arms": {}, "time_ratio": {}, "rival": rival}
     for name, results in runs.items():
         middle = median_curve(results)
         summary["arms"][name] = {
             "final_loss": [result["final_loss"] for result in results],
-            "tokens_per_second": statistics.median(result["tokens"] / result["seconds"] for result in results),
+            "tokens_per_second": statistics.median(r["tokens"] / r["seconds"] for r in results) if timed else None,
             "curve": middle,
             "runs": results,
         }
@@ -415,7 +449,8 @@ def summarize(runs: dict[str, list[dict]]) -> dict:
             for result, other in zip(results, runs[rival], strict=True)
             if (seconds := time_to_loss(result["curve"], other["final_loss"])) is not None
         ]
-        summary["time_ratio"][name] = statistics.median(ratios) if len(ratios) == len(results) else None
+        passes = timed and len(ratios) == len(results)
+        summary["time_ratio"][name] = statistics.median(ratios) if passes else None
     return summary
 
 
@@ -423,11 +458,14 @@ def print_table(summary: dict) -> None:
     print(f"{'arm':<24}{'final loss':>12}{'spread':>8}{'tokens/s':>10}{'of peak':>9}{'MB':>7}{'sooner':>8}")
     for name, arm in summary["arms"].items():
         losses, runs = arm["final_loss"], arm["runs"]
-        ratio = summary["time_ratio"][name]
+        ratio, speed = summary["time_ratio"][name], f"{'-':>10}{'-':>9}"
+        if arm["tokens_per_second"] is not None:
+            share = statistics.median(run["matmul_peak_share"] for run in runs)
+            speed = f"{arm['tokens_per_second']:>10,.0f}{share:>9.1%}"
         print(
-            f"{name:<24}{statistics.median(losses):>12.3f}{max(losses) - min(losses):>8.3f}"
-            f"{arm['tokens_per_second']:>10,.0f}{statistics.median(r['matmul_peak_share'] for r in runs):>9.1%}"
-            f"{max(r['peak_memory_bytes'] for r in runs) / 1e6:>7.0f}" + (f"{ratio:>7.1f}x" if ratio else f"{'-':>8}")
+            f"{name:<24}{statistics.median(losses):>12.3f}{max(losses) - min(losses):>8.3f}{speed}"
+            f"{max(run['peak_memory_bytes'] for run in runs) / 1e6:>7.0f}"
+            + (f"{ratio:>7.1f}x" if ratio else f"{'-':>8}")
         )
     print(f"sooner: time of {summary['rival']} to its final loss over the arm's time to the same loss")
 
@@ -477,6 +515,14 @@ def main() -> None:
     if options.at_once > 1 and not options.max_steps:
         parser.error("--at_once: runs beside each other share a clock's machine; compare equal steps with --max_steps")
 
+    if options.probe is not None:
+        for task in ("sst2", "cola", "stsb"):
+            if not (Path(options.probe) / task).is_dir():
+                parser.error(f"--probe: {options.probe} has no {task}: name a folder laid out like nyu-mll/glue")
+    grid = parse_overrides(options.sweep)
+    if unmoved := {name for point in grid for name in point} & left_out_fields():
+        parser.error(f"--sweep: {min(unmoved)} is the same for every arm here, and a sweep of it would change nothing")
+
     import torch
 
     from hf_cram.budget import parse_duration
@@ -490,7 +536,6 @@ def main() -> None:
     )  # fmt: skip
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    grid = parse_overrides(options.sweep)
     arms = {}
     for arm, point in itertools.product(options.arms.split(","), grid):
         name = " ".join([arm, *(f"{key}={value}" for key, value in point.items())])
@@ -503,11 +548,14 @@ def main() -> None:
         "one_thread": options.at_once > 1,
     }  # fmt: skip
     jobs = {name: {**job, "arm": arm} for name, arm in arms.items()}
+    check_arms(jobs, corpus.tokenizer)
     save_models = options.save_models or options.probe is not None
     runs = run_all(jobs, options.seeds, output_dir, options.first_seed, save_models, options.at_once)
+    timed = options.at_once == 1
+    report(runs, output_dir, timed)
     if options.probe is not None:
         run_probes(runs, output_dir, options.first_seed, options.probe, options.probe_seeds)
-    report(runs, output_dir)
+        report(runs, output_dir, timed)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -311,6 +311,11 @@ def recipe_setup(
     )
 
 
+def largest_that_fits(config: PreTrainedConfig, setup: TrainingSetup, memory_bytes: float) -> int:
+    """[`largest_micro_batch`] in steps of 8 rows, or of single ones where 8 are too many."""
+    return largest_micro_batch(config, setup, memory_bytes) or largest_micro_batch(config, setup, memory_bytes, 1)
+
+
 def format_parts(memory: TrainingMemory) -> str:
     """The total and its parts in GB, in one line."""
     parts = (f"{name.replace('_', ' ')} {getattr(memory, name) / BYTES_PER_GB:.2f}" for name in PARTS)
@@ -333,7 +338,9 @@ def main() -> None:
     print(f"micro-batch {rows}: {format_parts(estimate_training_memory(config, setup, rows))}")
     for memory_gb in memory_args.gpu_memory_gb:
         memory_bytes = memory_gb * BYTES_PER_GB
-        rows = largest_micro_batch(config, setup, memory_bytes) or largest_micro_batch(config, setup, memory_bytes, 1)
+        rows = largest_that_fits(config, setup, memory_bytes)
+        if rows < training_args.largest_batch_rows // training_args.world_size:  # a step then has several
+            rows = largest_that_fits(config, replace(setup, accumulates_gradients=True), memory_bytes)
         print(f"{memory_gb:g} GB: largest micro-batch {rows}")
 
 

@@ -172,10 +172,17 @@ def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> s
             + "".join(f"{cell:>13}" for cell in cells)
             + (" <-" if candidate is plan.candidate else "")
         )
-    chosen = plan.candidate
+    chosen, nearest = plan.candidate, nearest_first(candidates)[0]
+    why = (
+        "the nearest to"
+        if chosen is nearest
+        else (
+            f"the nearest that fits the memory ({nearest.shape.num_hidden_layers} x {nearest.shape.hidden_size} does not) to"
+        )
+    )
     lines += [
         f"Speed: {MATMUL_PEAK_SHARE:.0%} of the measured {plan.precision} products of each shape's decoder.",
-        f"Size: in {time_budget} this one sees {describe_ratio(chosen.tokens_per_parameter)} tokens a parameter, the nearest to the "
+        f"Size: in {time_budget} this one sees {describe_ratio(chosen.tokens_per_parameter)} tokens a parameter, {why} the "
         f"{describe_ratio(chosen.best_tokens_per_parameter)} at which {chosen.tokens * chosen.flops_per_token:.1e} FLOPs buy the "
         "lowest loss. Its depth and vocabulary come with its width.",
         f"Batch: {plan.batch_rows} rows ({plan.batch_tokens:,} tokens), by the square root of the tokens; "
@@ -186,7 +193,7 @@ def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> s
         + (f"; Muon {MUON_LEARNING_RATE:g} for the matrices" if plan.uses_muon else "; no Muon")
         + f", whose own products would be {plan.muon_share:.0%} of a step's (up to {LARGEST_MUON_SHARE:.0%} pays).",
     ]
-    if chosen.times_off > FAR_OFF:
+    if chosen.times_off > FAR_OFF and chosen is nearest:
         lines.append(f"The shapes end here: {chosen.times_off:.0f} times off the best tokens a parameter.")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 from hf_cram import CrammedBertForMaskedLM
 from hf_cram.hardware import random_batch, training_flops
 from hf_cram.memory import BYTES_PER_GB, RESERVE_BYTES
-from hf_cram.plan import choose, describe_ratio, main, nearest_first, plan_training
+from hf_cram.plan import choose, describe, describe_ratio, main, nearest_first, plan_training
 from hf_cram.recipes import RecipeParser
 from hf_cram.script_args import RECIPE_PARTS, planned_config
 from hf_cram.shapes import SHAPES, Machine, best_tokens_per_parameter, count_work, evaluate_shape
@@ -74,7 +74,11 @@ def test_a_model_that_does_not_fit_gives_way_to_one_that_does():
     candidates = [evaluate_shape(shape, 600, CPU, 128) for shape in SHAPES[:2]]
     tight = Machine(CPU.matmul_flops, "bf16", RESERVE_BYTES + 100e6, is_cpu=True)
     assert choose(candidates, CPU, 128).candidate.shape == SHAPES[1]
-    assert choose(candidates, tight, 128).candidate.shape == SHAPES[0]
+    smaller = choose(candidates, tight, 128)
+    assert smaller.candidate.shape == SHAPES[0]
+    assert f"the nearest that fits the memory (4 x {SHAPES[1].hidden_size} does not) to" in describe(
+        smaller, candidates, "10m"
+    )
     with pytest.raises(ValueError, match="0.9 GB hold of no shape 8 rows of 128 tokens"):
         choose(candidates, Machine(CPU.matmul_flops, "bf16", RESERVE_BYTES + 1e6, is_cpu=True), 128)
 

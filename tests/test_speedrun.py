@@ -68,6 +68,61 @@ def test_a_misspelt_field_is_one_line(tokenizer):
         speedrun.build_model(arm, tokenizer)
 
 
+def test_a_recipe_masks_as_in_the_main_job():
+    arm = speedrun.split_fields({"mask_replace_prob": 0.5, "random_replace_prob": 0.3, "text_for_budget": True})
+    assert arm["masking"] == {"mlm_probability": "0.25", "mask_replace_prob": 0.5, "random_replace_prob": 0.3}
+    assert (arm["training"], arm["model"]) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sweep", "seed=1,2"], "--sweep: seed is the same for every arm here"),
+        (["--sweep", "vocab_size=99,999"], "--sweep: vocab_size is the same for every arm here"),
+        (["--probe", "no-such-folder"], "--probe: no-such-folder has no sst2"),
+    ],
+)
+def test_what_would_be_lost_is_told_before_the_first_run(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--text", "a", "--output_dir", "b", *options])
+    with pytest.raises(SystemExit):
+        speedrun.main()
+    assert message in capsys.readouterr().err
+
+
+def test_a_mistake_in_any_arm_shows_before_the_first_run(tmp_path, tokenizer):
+    job = {"max_steps": 5, "use_cpu": True, "output_dir": str(tmp_path)}
+    good = {**job, "arm": speedrun.split_fields(speedrun.read_arm("ours"))}
+    speedrun.check_arms({"good": good}, tokenizer)
+    for fields, message in (({"hiden_size": 32}, "hiden_size"), ({"lr_schedule": "flat"}, "lr_schedule")):
+        bad = {**job, "arm": speedrun.split_fields({**speedrun.read_arm("ours"), **fields})}
+        with pytest.raises((SystemExit, ValueError), match=message):
+            speedrun.check_arms({"good": good, "bad": bad}, tokenizer)
+
+
+def test_a_run_that_fails_ends_the_comparison(tmp_path, monkeypatch):
+    begun = []
+
+    def fail(job, name):
+        begun.append(name)
+        raise SystemExit("run a-0 failed")
+
+    monkeypatch.setattr(speedrun, "run_job", fail)
+    with pytest.raises(SystemExit, match="a-0 failed"):
+        speedrun.run_all({"a": {}, "b": {}}, 2, tmp_path)
+    assert begun == ["a-0"]
+
+
+def test_runs_that_shared_the_machine_have_no_times(tmp_path, capsys):
+    runs = {"rival": [result(5.0, [[50.0, 6.0], [100.0, 5.0]])], "fast": [result(4.0, [[10.0, 5.0], [100.0, 4.0]])]}
+    for results in runs.values():
+        results[0] |= {"matmul_peak_share": 0.5, "peak_memory_bytes": 1e6}
+    summary = speedrun.report(runs, tmp_path, timed=False)
+    assert summary["time_ratio"] == {"rival": None, "fast": None}
+    assert "50.0%" not in capsys.readouterr().out
+    speedrun.report(runs, tmp_path)
+    assert "50.0%" in capsys.readouterr().out
+
+
 def test_a_sweep_is_a_grid():
     grid = speedrun.parse_overrides(["learning_rate=1e-3,2e-3", "qk_norm=true"])
     assert [(point["learning_rate"], point["qk_norm"]) for point in grid] == [("1e-3", True), ("2e-3", True)]
