@@ -60,7 +60,7 @@ benchmark-speedrun:
 quickstart:
 	accelerate launch run_mlm_cram.py training_args/quickstart.yaml
 
-# The README's table: the quickstart's model against the same network from scratch.
+# The quickstart's model against the same network from scratch.
 GLUE = python run_glue.py training_args/glue_small.yaml --model_name_or_path out/quickstart --glue_data $(GLUE_DATA) \
 	--tasks stsb,cola,mrpc,sst2 --max_train_samples 10000 --seeds 3
 glue:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import TrainerControl, TrainerState
 
 from hf_cram import CrammedBertForMaskedLM
@@ -9,7 +10,11 @@ from hf_cram.callbacks import BudgetProgress, BudgetProgressCallback, draw_loss_
 
 
 def test_fills_are_words_and_the_model_stays_as_it_was(tiny_config, tokenizer):
+    tiny_config.hidden_dropout_prob, tiny_config.decoder_bias = 0.5, True
     model = CrammedBertForMaskedLM(tiny_config).train()
+    with torch.no_grad():
+        model.decoder.bias[tokenizer.all_special_ids] = 99.0  # the likeliest by far, and no words
+    assert fill_sentences(model, tokenizer) == fill_sentences(model, tokenizer)  # without dropout
     fills = fill_sentences(model, tokenizer, ["w1 w2 [MASK] w4", "[MASK] w9"], top_k=4)
     assert [fill["sentence"] for fill in fills] == ["w1 w2 [MASK] w4", "[MASK] w9"]
     assert all(len(fill["fills"]) == 4 for fill in fills)
@@ -42,10 +47,22 @@ def test_bar_shows_time_loss_rate_and_where_it_ends(capsys):
 
 
 @pytest.mark.parametrize("unit", ["tokens_seen", "samples_seen"])
-def test_loss_curve_of_a_short_history(tmp_path, unit):
+def test_loss_curve_of_a_short_history(tmp_path, monkeypatch, unit):
+    drawn = []
+
+    def record(figure, path, **kwargs):
+        drawn.append({axes.get_xlabel(): [line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes})
+        savefig(figure, path, **kwargs)
+
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", record)
     history = [{"loss": 5.0 - n, "elapsed_seconds": 10.0 * n, unit: 100 * n} for n in range(3)]
     history.append({"eval_loss": 4.0, "elapsed_seconds": 20.0, unit: 200})
     draw_loss_curve(history, tmp_path / "curve.png")
     draw_loss_curve(history[:1], tmp_path / "one_point.png")
     for name in ("curve.png", "one_point.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    training, held_out = [[0.0, 5.0], [10 / 60, 4.0], [20 / 60, 3.0]], [[20 / 60, 4.0]]
+    assert drawn[0]["minutes on the clock"] == [training, held_out]
+    training, held_out = [[0.0, 5.0], [1e-4, 4.0], [2e-4, 3.0]], [[2e-4, 4.0]]
+    assert drawn[0][f"million {unit.removesuffix('_seen')}"] == [training, held_out]

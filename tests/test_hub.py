@@ -225,7 +225,8 @@ def test_training_goes_on_under_a_lasting_fault_and_the_command_pushes_later(tra
     last = [line for line in log.splitlines() if "is not pushed to the Hub" in line]
     assert len(last) == 1
     assert cause in last[0]
-    assert log.count("Training goes on") <= 1
+    # Of the short run's pushes a lasting fault may show at the last one only; a token that is not valid shows at once.
+    assert log.count("Training goes on") == 1 if name == "unauthorised" else log.count("Training goes on") <= 1
     assert "Retrying" not in log
     assert json.loads((out / "all_results.json").read_text())["train_seconds"] >= 2
     heal()
@@ -245,7 +246,7 @@ def test_training_goes_on_where_there_is_no_hub(train, run):
         last = next(line for line in reversed(log.splitlines()) if COMMAND.search(line))
         assert "the Hub cannot be reached ([Errno 111] Connection refused)" in last
         assert COMMAND.search(last)[1] == f"{out} --hub_model_id me/absent"
-        assert log.count("hf_cram.hub out") <= 1
+        assert 1 <= log.count(f"hf_cram.hub {out}") <= 2  # at the end, and once at most before it
         status, log = run("hf_cram.hub", out, endpoint=endpoint)
         assert status == 1
         assert log.strip() == "hf_cram.hub: error: the Hub cannot be reached ([Errno 111] Connection refused)"

@@ -47,6 +47,10 @@ ALONE = {"model_card", "report"}  # take plain dicts
 
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(name.name.split(".")[0] == "hf_cram" for name in node.names), path.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level or node.module.split(".")[0] != "hf_cram", f"{path.name} does not import relatively"
         if isinstance(node, ast.ImportFrom) and node.level:
             yield node.level, (node.module or "").split(".")[0]
 
