@@ -182,41 +182,37 @@ def test_command_prints_the_largest_micro_batch_of_a_recipe(tmp_path, monkeypatc
     assert 0 < tiny < 8 <= small < large
 
 
-def test_a_card_that_holds_less_than_the_recipes_batch_accumulates_gradients(tmp_path, monkeypatch, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "vocab_size: 65536\nhidden_size: 512\nnum_hidden_layers: 1\nnum_attention_heads: 4\nintermediate_size: 64\n"
-        "output_dir: out\ntime_budget: 1h\nmax_seq_length: 16\nbf16: false\n"
-    )
+@pytest.fixture
+def largest(tmp_path, monkeypatch, capsys):
+    """The largest micro-batch that the command prints for a small model in `memory_gb`."""
 
-    def largest(*more):
-        monkeypatch.setattr(sys, "argv", ["memory", str(recipe), "--gpu_memory_gb", "3", *more])
+    def run(memory_gb, *options):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            "vocab_size: 512\nhidden_size: 32\nnum_hidden_layers: 1\nnum_attention_heads: 4\nintermediate_size: 64\n"
+            "output_dir: out\ntime_budget: 1h\nmax_seq_length: 128\nbf16: false\n"
+        )
+        monkeypatch.setattr(sys, "argv", ["memory", str(recipe), "--gpu_memory_gb", memory_gb, *options])
         memory.main()
         return int(capsys.readouterr().out.split()[-1])
 
-    whole = largest("--per_device_train_batch_size", "8")
-    split = largest("--per_device_train_batch_size", "4096")
+    return run
+
+
+def test_a_card_that_holds_less_than_the_recipes_batch_accumulates_gradients(largest):
+    shape = ("--vocab_size", "65536", "--hidden_size", "512", "--max_seq_length", "16")
+    whole = largest("3", *shape, "--per_device_train_batch_size", "8")
+    split = largest("3", *shape, "--per_device_train_batch_size", "4096")
     assert 8 < split < whole < 4096
-    assert split == largest("--per_device_train_batch_size", "4096", "--train_batch_rows", "8192")
+    assert split == largest("3", *shape, "--per_device_train_batch_size", "4096", "--train_batch_rows", "8192")
 
 
-def test_command_heeds_attention_and_refuses_what_it_does_not_know(tmp_path, monkeypatch, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "vocab_size: 512\nhidden_size: 32\nnum_hidden_layers: 1\nnum_attention_heads: 4\nintermediate_size: 64\n"
-        "output_dir: out\ntime_budget: 1h\nmax_seq_length: 128\nbf16: false\n"
-    )
-
-    def largest(*more):
-        monkeypatch.setattr(sys, "argv", ["memory", str(recipe), "--gpu_memory_gb", "1.25", *more])
-        memory.main()
-        return int(capsys.readouterr().out.split()[-1])
-
-    assert largest("--attn_implementation", "eager") < largest()  # keeps the weights of the attention
+def test_command_heeds_attention_and_refuses_what_it_does_not_know(largest, capsys):
+    assert largest("1.25", "--attn_implementation", "eager") < largest("1.25")  # keeps the weights of the attention
     with pytest.raises(ValueError, match="optim: the states of sgd are not known here"):
-        largest("--optim", "sgd")
+        largest("1.25", "--optim", "sgd")
     with pytest.raises(SystemExit):
-        largest("--gpu_memory_gb", "inf")
+        largest("inf")
     assert "gpu_memory_gb must be numbers above 0, got inf" in capsys.readouterr().err
 
 
