@@ -62,7 +62,7 @@ quickstart:
 
 # The quickstart's model against the same network from scratch.
 GLUE = python run_glue.py training_args/glue_small.yaml --model_name_or_path out/quickstart --glue_data $(GLUE_DATA) \
-	--tasks stsb,cola,mrpc,sst2 --max_train_samples 10000 --seeds 3
+	--tasks stsb,cola,mrpc,sst2 --max_train_samples 4000 --seeds 3
 glue:
 	$(GLUE)
 	$(GLUE) --from_scratch true
