@@ -173,13 +173,10 @@ def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> s
             + (" <-" if candidate is plan.candidate else "")
         )
     chosen, nearest = plan.candidate, nearest_first(candidates)[0]
-    why = (
-        "the nearest to"
-        if chosen is nearest
-        else (
-            f"the nearest that fits the memory ({nearest.shape.num_hidden_layers} x {nearest.shape.hidden_size} does not) to"
-        )
-    )
+    why = "the nearest to"
+    if chosen is not nearest:
+        shape = nearest.shape
+        why = f"the nearest that fits the memory ({shape.num_hidden_layers} x {shape.hidden_size} does not) to"
     lines += [
         f"Speed: {MATMUL_PEAK_SHARE:.0%} of the measured {plan.precision} products of each shape's decoder.",
         f"Size: in {time_budget} this one sees {describe_ratio(chosen.tokens_per_parameter)} tokens a parameter, {why} the "
