@@ -489,6 +489,19 @@ def draw(summary: dict, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What would be lost, or mean nothing, after hours of running ends the program now."""
+    if options.at_once > 1 and not options.max_steps:
+        parser.error("--at_once: runs beside each other share a clock's machine; compare equal steps with --max_steps")
+
+    if options.probe is not None:
+        for task in ("sst2", "cola", "stsb"):
+            if not (Path(options.probe) / task).is_dir():
+                parser.error(f"--probe: {options.probe} has no {task}: name a folder laid out like nyu-mll/glue")
+    if unmoved := {name for point in parse_overrides(options.sweep) for name in point} & left_out_fields():
+        parser.error(f"--sweep: {min(unmoved)} is the same for every arm here, and a sweep of it would change nothing")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time_budget", default="60s", help="of every run")
@@ -511,17 +524,7 @@ def main() -> None:
     parser.add_argument("--cache_dir", help="of the prepared text")
     parser.add_argument("--output_dir", required=True)
     options = parser.parse_args()
-
-    if options.at_once > 1 and not options.max_steps:
-        parser.error("--at_once: runs beside each other share a clock's machine; compare equal steps with --max_steps")
-
-    if options.probe is not None:
-        for task in ("sst2", "cola", "stsb"):
-            if not (Path(options.probe) / task).is_dir():
-                parser.error(f"--probe: {options.probe} has no {task}: name a folder laid out like nyu-mll/glue")
-    grid = parse_overrides(options.sweep)
-    if unmoved := {name for point in grid for name in point} & left_out_fields():
-        parser.error(f"--sweep: {min(unmoved)} is the same for every arm here, and a sweep of it would change nothing")
+    check_options(parser, options)
 
     import torch
 
@@ -537,7 +540,7 @@ def main() -> None:
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     arms = {}
-    for arm, point in itertools.product(options.arms.split(","), grid):
+    for arm, point in itertools.product(options.arms.split(","), parse_overrides(options.sweep)):
         name = " ".join([arm, *(f"{key}={value}" for key, value in point.items())])
         arms[name] = split_fields({**read_arm(arm), **point})
     job = {

@@ -101,9 +101,6 @@ class FineTuningArguments(OpenPrecisionArguments):
             if getattr(self, name) != DEFAULTS[name]:
                 raise ValueError(f"{name} {reason}")
         super().__post_init__()
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("layer_lr_decay", "head_lr_multiplier", "embedding_lr_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

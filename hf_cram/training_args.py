@@ -66,8 +66,9 @@ class OpenPrecisionArguments(TrainingArguments):
             value = getattr(self, spec.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{spec.name} must be a number, got {value}")
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}")
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
         asked_for_bf16, self.bf16 = self.bf16, False
         try:
@@ -266,10 +267,6 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(
                 "hub_strategy would upload the optimiser's state, which is not safetensors: use every_save or end"
             )
-        if self.per_device_train_batch_size < 1:
-            raise ValueError(f"per_device_train_batch_size must be at least 1, got {self.per_device_train_batch_size}")
-        if self.per_device_eval_batch_size < 1:
-            raise ValueError(f"per_device_eval_batch_size must be at least 1, got {self.per_device_eval_batch_size}")
         if self.dataloader_persistent_workers and self.dataloader_num_workers < 1:
             raise ValueError(
                 "dataloader_persistent_workers: there are none: set dataloader_num_workers, or leave it out"
