@@ -10,6 +10,7 @@ The recipe is a YAML file of the fields below; the command line overrides it.
 import logging
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -21,16 +22,24 @@ from hf_cram.glue import GlueError
 from hf_cram.glue_outputs import RESULTS_NAME, results_table
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
 from hf_cram.hardware import OUT_OF_MEMORY, is_out_of_memory
+from hf_cram.hardware_choices import check_device
 from hf_cram.hub import HubTarget, push_or_warn
 from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
 from hf_cram.recipes import RecipeParser
+from hf_cram.script_args import CardArguments
 
 logger = logging.getLogger("hf_cram")
 
 
 def main() -> None:
-    parser = RecipeParser((EncoderArguments, GlueArguments, FineTuningArguments))
-    encoder, glue, training_args = parser.parse(sys.argv[1:])
+    parser = RecipeParser((EncoderArguments, GlueArguments, FineTuningArguments, CardArguments))
+    encoder, glue, training_args, card = parser.parse(sys.argv[1:])
+    of_card = [spec.name for spec in fields(CardArguments) if spec.name in parser.given]
+    if of_card and not glue.uses_own_data:
+        parser.error(
+            f"{of_card[0]} is for the card of a model of your own data: GLUE's goes with its own; leave it out"
+        )
+    check_device(training_args)
     is_main = training_args.process_index == 0
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
@@ -38,7 +47,7 @@ def main() -> None:
     if training_args.device.type == "cpu":
         use_all_cores(os.environ)
 
-    run = GlueRun(encoder, glue, training_args)
+    run = GlueRun(encoder, glue, training_args, card)
     shared_folder = run.shared_folder
     if training_args.push_to_hub and shared_folder is None:
         raise GlueError(
@@ -79,7 +88,12 @@ if __name__ == "__main__":
         start_missing_processes()
         main()
         end_process()
-    except (*OUT_OF_MEMORY, OSError, ValueError) as error:
+    except KeyboardInterrupt:
+        print(
+            "run_glue.py: stopped; finished pairs are kept: the same command goes on with the others", file=sys.stderr
+        )
+        sys.exit(130)
+    except (*OUT_OF_MEMORY, ImportError, OSError, ValueError) as error:
         sys.exit(f"run_glue.py: error: {explain(error)}")
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
-from hf_cram.checkpointing import CheckpointError
+from hf_cram.checkpointing import CheckpointError, RunState, last_checkpoint
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
@@ -40,7 +40,7 @@ from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.output_folder import set_aside
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, TextBudgetArguments
-from hf_cram.text_budget import limit_text_to_budget
+from hf_cram.text_budget import is_limit_wanted, limit_text_to_budget
 from hf_cram.trainer import CramTrainer, NonFiniteError
 from hf_cram.training_args import CramTrainingArguments, check_given
 
@@ -83,9 +83,12 @@ def main() -> int:
     started = time.monotonic()
     if not is_main:
         data_args.overwrite_cache = False  # rank 0 has done so when the others look
+    if is_limit_wanted(data_args, text_args):
+        data_args.max_train_tokens = limit_of_the_resumed(training_args)
     limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
     with training_args.main_process_first(desc="preparing the text"):
         corpus = prepare_corpus(data_args)
+    corpus.train_dataset.max_train_tokens = data_args.max_train_tokens
     preprocessing_seconds = time.monotonic() - started
     check_same_rows(corpus)
     tell_of(corpus)
@@ -147,6 +150,16 @@ def check_same_rows(corpus: PreparedCorpus) -> None:
     """Raises [`DataError`] where the processes have found different texts: it has changed in between."""
     if len(set(gather_object([corpus.train_dataset.dataset_id]))) > 1:
         raise DataError("the text has changed while this run's processes prepared it: start again")
+
+
+def limit_of_the_resumed(training_args: CramTrainingArguments) -> int | None:
+    """
+    The tokens that the run to resume has read its text for: with another budget, or at another speed, it goes on with the
+    same rows. Raises [`CheckpointError`] for a folder that is no checkpoint.
+    """
+    resumed = training_args.resume_from_checkpoint
+    checkpoint = last_checkpoint(Path(str(training_args.output_dir))) if resumed is True else resumed
+    return RunState.load(Path(checkpoint)).max_train_tokens if checkpoint else None
 
 
 def tell_of(corpus: PreparedCorpus) -> None:
@@ -308,9 +321,9 @@ def write_card(
         fills=fills,
         num_parameters=results["num_parameters"],
         sequence_length=trainer.train_dataset.max_seq_length,
-        dataset_name=data_args.hub_names[0] if len(data_args.hub_names) == 1 else None,
-        language=None if card_args.language == "none" else card_args.language,
-        license_name=None if card_args.model_license == "none" else card_args.model_license,
+        dataset_names=data_args.hub_names,
+        language=card_args.language_code,
+        license_name=card_args.license_name,
     )
     save_model_card(card, trainer.output_dir)
 

@@ -43,6 +43,7 @@ class RunState:
     training_flops: float = 0.0
     skipped_steps: int = 0
     dataset_id: str | None = None
+    max_train_tokens: int | None = None  # for which the text was read
     # What the first session measured, or was told: the later ones compute alike.
     bf16: bool | None = None
     torch_compile: bool | None = None

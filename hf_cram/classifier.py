@@ -35,7 +35,8 @@ HASHED_FILES = (
 )  # fmt: skip
 # What a checkpoint with missing, damaged or contradictory files raises.
 LOADING_ERRORS = (
-    AttributeError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError,
+    AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError,
+    ValueError,
 )  # fmt: skip
 
 
@@ -221,4 +222,7 @@ def cause(error: BaseException) -> str:
     if isinstance(error, StrictDataclassError):
         return " ".join(str(error).split())
     is_bare = isinstance(error, AttributeError | LookupError | TypeError)
-    return f"{type(error).__name__}: {first_line(error)}" if is_bare else first_line(error)
+    told = f"{type(error).__name__}: {first_line(error)}" if is_bare else first_line(error)
+    if "trust_remote_code" in str(error) and "trust_remote_code" not in told:
+        told += "; pass --trust_remote_code true if you trust it"
+    return told

@@ -78,7 +78,6 @@ class CrammedBertConfig(PreTrainedConfig):
         embedding_norm (`bool`): a norm after the sum of the embeddings.
         norm_type (`str`): `"layer_norm"` or `"rms_norm"`.
         norm_eps (`float`): epsilon of every norm.
-        qk_norm (`bool`): RMS-normalised queries and keys (Henry et al. 2020), without weights.
         prediction_head (`bool`): BERT's nonlinear head (dense, activation, norm) before the decoder.
         tie_word_embeddings (`bool`): decoder shares the word embeddings.
         embedding_dropout_prob (`float`): dropout of the embeddings; 0 in pretraining, 0.1 in fine-tuning (paper,
@@ -118,8 +117,6 @@ class CrammedBertConfig(PreTrainedConfig):
     embedding_norm: bool = True
     norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
     norm_eps: float = 1e-12
-
-    qk_norm: bool = False
 
     prediction_head: bool = False
     tie_word_embeddings: bool = True

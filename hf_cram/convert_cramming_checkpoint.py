@@ -400,7 +400,11 @@ def read_torch_file(path: Path) -> Any:
     """What `torch.save` wrote to `path`, if it is tensors alone: no code in it is run. Raises `ValueError`."""
     if not zipfile.is_zipfile(path):
         raise ValueError("not a whole file of torch.save")
-    if unsafe := get_unsafe_globals_in_checkpoint(str(path)):
+    try:
+        unsafe = get_unsafe_globals_in_checkpoint(str(path))
+    except Exception as error:  # what a damaged archive raises is of no narrower class
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if unsafe:
         raise ValueError(f"it holds more than tensors, {unsafe[0]}, and is not opened")
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -475,7 +479,12 @@ def prepare(source: Path) -> tuple[Callable[[Path], object], str]:
         model = from_paper(values, folder, find_weights(folder) if source.is_dir() else source)
         return model.save_pretrained, type(model).__name__
     if values.get("model_type") == CrammedBertConfig.model_type:
-        content, tensors = to_paper(values, folder, folder / "model.safetensors" if source.is_dir() else source)
+        weights = folder / "model.safetensors" if source.is_dir() else source
+        if not weights.is_file():
+            raise ConversionError(
+                f"there is no {weights}: name a folder with config.json and model.safetensors in one file"
+            )
+        content, tensors = to_paper(values, folder, weights)
         return partial(write_paper_folder, content, tensors), content["architectures"][0]
     raise ConversionError(
         f"{folder / 'config.json'}: model_type = {values.get('model_type')!r} is neither {PAPER_MODEL_TYPE!r} "

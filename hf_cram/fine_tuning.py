@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import IntervalStrategy
 
 from .classifier import PADDING_MULTIPLE, build_classifier, quiet_loading
 from .fine_tuning_args import EncoderArguments, FineTuningArguments
@@ -141,7 +142,8 @@ class FineTuner:
             optimizers=(self._optimizer(model), None),
             callbacks=[ProgressCallback(advance)],
         )
-        trainer.remove_callback(PrinterCallback)
+        if args.logging_strategy == IntervalStrategy.NO:
+            trainer.remove_callback(PrinterCallback)  # which tells of the end of each training
         if not isinstance(model, CrammedBertForSequenceClassification):
             # The loss of most models is a mean whatever it is told of the step: the Trainer has to divide.
             trainer.model_accepts_loss_kwargs = False

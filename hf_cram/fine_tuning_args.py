@@ -17,6 +17,7 @@ REFUSED_FIELDS = {
     "fp16_full_eval": "has no place here: scores have the precision of training; leave it out",
     "auto_find_batch_size": "would train with another batch than the results tell: set per_device_train_batch_size",
     "prediction_loss_only": "would leave no predictions to score: leave it out",
+    "enable_jit_checkpoint": "would score what a signal has stopped half-way; finished pairs are kept anyway: leave it out",
     "eval_do_concat_batches": "has no place here: predictions are scored together; leave it out",
 }
 

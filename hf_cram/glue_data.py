@@ -2,13 +2,15 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
+from .data.hub_datasets import reading_errors
 from .glue import COLUMNS, TASKS, GlueError, Task, cause_of
 
 GLUE_NAME = "nyu-mll/glue"
@@ -16,6 +18,8 @@ DIAGNOSTIC = "ax"  # predicted by the model of MNLI, and part of a submission
 EXTENSIONS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # A class or a text may be "None" or "NA".
 READING = {"csv": {"keep_default_na": False, "na_values": [""]}}
+ABSENT = ("na", "n/a", "nan", "null", "none")  # no number, among numbers
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 RESERVED_NAMES = {*TASKS, *COLUMNS, DIAGNOSTIC, "predictions", "checkpoints"}
 
 
@@ -52,7 +56,7 @@ def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
     if glue_data is None:
         try:
             return load_dataset(GLUE_NAME, name)
-        except (DatasetsError, ValueError, OSError) as error:
+        except reading_errors() as error:
             raise GlueError(
                 f"{GLUE_NAME} ({name}) cannot be loaded: {' '.join(str(error).split())}; "
                 "give a folder laid out like it with --glue_data"
@@ -141,7 +145,7 @@ def load_own_task(
                     "see --text_columns and --label_column"
                 )
         splits[split] = _rename_label(dataset, label_column, texts)
-        if split != "test" and None in splits[split]["label"]:
+        if split != "test" and _lacks_labels(splits[split]["label"]):
             raise GlueError(f"{files[split]}: rows without a value in column {label_column!r}: fill or drop them")
     label_names: tuple[str, ...] = ()
     if regression or _kind(splits["train"]).startswith("float"):
@@ -154,6 +158,15 @@ def load_own_task(
     headline = "accuracy" if label_names else "pearson"
     task = Task(name, texts, headline, label_names, {name: "validation"}, {name: "test"}, label_names)
     return _pick_splits(task, splits, train_file)
+
+
+def _lacks_labels(labels: Sequence[Any]) -> bool:
+    """Whether a label is absent, or is a word for that in a column of numbers, which it has turned into text."""
+    if None in labels:
+        return True
+    values = {value for value in labels if isinstance(value, Hashable)}
+    words = {value for value in values if isinstance(value, str) and not NUMBER.fullmatch(value)}
+    return bool(words) and words < values and all(word.strip().lower() in ABSENT for word in words)
 
 
 def _kind(dataset: Dataset) -> str:

@@ -47,6 +47,7 @@ from .glue_outputs import (
 )
 from .model_card import ModelCardError, build_fine_tuned_card, save_model_card, update_model_card
 from .output_folder import first_free
+from .script_args import CardArguments
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,14 @@ def fill_up(bar: tqdm, end: float, share: float) -> None:
 class GlueRun:
     """All (task, seed) pairs of one encoder, with one setting after the other."""
 
-    def __init__(self, encoder: EncoderArguments, glue: GlueArguments, args: FineTuningArguments):
-        self.encoder, self.glue = encoder, glue
+    def __init__(
+        self,
+        encoder: EncoderArguments,
+        glue: GlueArguments,
+        args: FineTuningArguments,
+        card: CardArguments | None = None,
+    ):
+        self.encoder, self.glue, self.card = encoder, glue, card or CardArguments()
         self.is_main = args.process_index == 0
         self.tokenizer = load_tokenizer(encoder)
         self.own_data = self._load_own_data() if glue.uses_own_data else None
@@ -159,6 +166,12 @@ class GlueRun:
         if glue.keeps_models:
             for task in self.tasks:
                 check_replaceable(self.output_dir / task.name, self._is_of_this_model)
+        self.max_length = longest_example(encoder, self.tokenizer)
+        if self.max_length < encoder.max_seq_length:
+            logger.warning(
+                "max_seq_length %d is more than %s takes: examples are cut at %d",
+                encoder.max_seq_length, self.model_name, self.max_length,
+            )  # fmt: skip
         self.encoder_id = fingerprint(encoder)
         self.log = PairLog(self.output_dir / PAIRS_NAME, self.is_main)
         # Ranks that saw different pairs would wait for each other for ever.
@@ -227,8 +240,7 @@ class GlueRun:
     def encoded(self, task: Task) -> EncodedTask:
         """The task in token ids; the last one is kept, since its seeds follow each other."""
         if self._encoded is None or self._encoded[0] != task.name:
-            max_length = longest_example(self.encoder, self.tokenizer)
-            encoded = encode_task(self.data[task.name], self.tokenizer, max_length, self.glue.max_train_samples)
+            encoded = encode_task(self.data[task.name], self.tokenizer, self.max_length, self.glue.max_train_samples)
             self._encoded = task.name, encoded
         return self._encoded[1]
 
@@ -292,7 +304,8 @@ class GlueRun:
             "from_scratch": self.encoder.from_scratch,
             "setting": {
                 **args.setting,
-                **{name: getattr(self.encoder, name) for name in ("dropout", "pooling", "max_seq_length")},
+                **{name: getattr(self.encoder, name) for name in ("dropout", "pooling")},
+                "max_seq_length": self.max_length,
                 "max_train_samples": self._binding_limit(),
                 "metric": Path(self.glue.metric).name if self.glue.metric else None,
             },
@@ -333,7 +346,14 @@ class GlueRun:
             if kept_as is not None:
                 write_json_atomically(staging / KEPT_NAME, {"model_id": self.model_id, **kept_as})
                 check_replaceable(folder, self._is_of_this_model)  # a training later
-                if folder.exists():
+                if folder.exists() and read_object(folder / KEPT_NAME).get("data_id") != kept_as["data_id"]:
+                    aside = first_free(folder)
+                    folder.rename(aside)
+                    logger.warning(
+                        "The model in %s was fine-tuned on other data, and was moved to %s: --task_name tells them apart",
+                        folder, aside,
+                    )  # fmt: skip
+                elif folder.exists():
                     shutil.rmtree(folder)
                 staging.rename(folder)
             for name, outputs in result.test_outputs.items():
@@ -449,7 +469,12 @@ class GlueRun:
     def _build_card(self, results: dict[str, Any] | None) -> ModelCard:
         """The first card of a model fine-tuned on own data."""
         name = self.encoder.model_name_or_path
-        if self.encoder.from_scratch:
-            return build_fine_tuned_card(self.shared_name, "random weights", results)
-        base_model = None if Path(name).exists() else name
-        return build_fine_tuned_card(self.shared_name, self.model_name, results, base_model)
+        is_of_hub = not self.encoder.from_scratch and not Path(name).exists()
+        return build_fine_tuned_card(
+            self.shared_name,
+            "random weights" if self.encoder.from_scratch else self.model_name,
+            results,
+            base_model=name if is_of_hub else None,
+            language=self.card.language_code,
+            license_name=self.card.license_name,
+        )

@@ -5,8 +5,10 @@ import copy
 import importlib.util
 import inspect
 import os
+import re
 import resource
 import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +29,7 @@ COMPILE_SPEEDUP = 1.25
 COMPILE_SECONDS = 20.0
 COMPILE_SECONDS_PER_LINEAR = 1.5
 MATMUL_ROWS = 4096
+PROCESS_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 # What torch says of it in a plain RuntimeError: the allocator of CPUs, cuBLAS and the driver of GPUs.
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
@@ -62,22 +65,33 @@ def largest_linear_shape(model: nn.Module) -> tuple[int, int]:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()  # of the current device
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Give back what was measured with, and count [`peak_memory_bytes`] anew where that is possible: on a GPU."""
+    """Give back what was measured with, and count [`peak_memory_bytes`] anew where that is possible: GPUs and Linux."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            RESET_PEAK.write_text("5")  # by the kernel's manual: the peak is the present from now on
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory so far: what the allocator reserved on a GPU, this process's resident set on a CPU (Linux: KiB)."""
+    """
+    Most memory since [`forget_peak_memory`]: what the allocator reserved on a GPU, this process's resident set on a CPU
+    (without Linux's /proc: since the process began).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(OSError):
+        peak = re.search(r"VmHWM:\s+(\d+) kB", PROCESS_STATUS.read_text())
+        if peak is not None:
+            return 1024 * int(peak[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure_matmul_flops(

@@ -1,6 +1,7 @@
 """What the arguments of a run leave open and its hardware decides: bf16, torch.compile, attention."""
 
 import logging
+import os
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -43,9 +44,14 @@ class HardwareChoices:
     """
 
     def __init__(self, model: PreTrainedModel, args: CramTrainingArguments):
-        check_device(args)
         self.model, self.args = model, args
         self._is_bf16_open = args.bf16 is None and not args.fp16 and args.mixed_precision == "no"
+        launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if args.torch_compile is None and launcher != "no":  # counts as told, as its --mixed_precision does
+            args.torch_compile, args.torch_compile_backend = True, launcher
+        elif args.torch_compile is False:
+            self._set_compile(False)
+        check_device(args)
         self._is_compile_open = args.torch_compile is None
         self._own_attention = model.config._attn_implementation
         self._choose_precision()
@@ -90,7 +96,8 @@ class HardwareChoices:
 
     def _set_compile(self, compiled: bool) -> None:
         self.args.torch_compile = compiled
-        self.args.torch_compile_backend = "inductor" if compiled else None
+        # None would let the launcher's environment decide.
+        self.args.torch_compile_backend = "inductor" if compiled else "no"
 
     def _choose_attention(self) -> None:
         args, model = self.args, self.model

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from huggingface_hub import get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
 
 Result = TypeVar("Result")
@@ -58,7 +59,9 @@ def explain(
         return HubError(f"there is no {repo_id} at {revision or 'main'} that the token can see (404)")
     if status in (408, 425, 429) or status >= 500:
         wait = response.headers.get("Retry-After", "")
-        seconds = min(float(wait), LONGEST_RETRY_AFTER_SECONDS) if wait.isdigit() else 0.0
+        limit = parse_ratelimit_headers(response.headers)
+        seconds = float(wait) if wait.isdigit() else float(limit.reset_in_seconds) if limit else 0.0
+        seconds = min(seconds, LONGEST_RETRY_AFTER_SECONDS)
         fault = "the Hub asks for fewer requests (429)" if status == 429 else f"the Hub answers {status}"
         return HubError(fault, is_final=False, retry_after_seconds=seconds)
     refused = "download" if is_download else "push"

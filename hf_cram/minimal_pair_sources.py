@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .data.errors import DataError, first_line
-from .data.hub_datasets import place_of, reading_errors
+from .data.hub_datasets import cache_of_folder, fingerprint_folder, place_of, reading_errors
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,11 @@ def _hub_configurations(name: str) -> Iterator[tuple[str, Iterator[MinimalPair]]
     from datasets import get_dataset_config_names, load_dataset  # seconds of import that local files do not need
 
     try:
-        for configuration in get_dataset_config_names(place_of(name)):
-            for split, rows in load_dataset(place_of(name), configuration).items():
+        place_of_rows = place_of(name)
+        folder = Path(place_of_rows)
+        cache_dir = cache_of_folder(fingerprint_folder(folder)) if folder.is_dir() else None
+        for configuration in get_dataset_config_names(place_of_rows):
+            for split, rows in load_dataset(place_of_rows, configuration, cache_dir=cache_dir).items():
                 place = f"{name}, {configuration}, {split}"
                 numbered = enumerate(rows, start=1)
                 yield place, (_to_pair(row, configuration, f"{place}, row {number}") for number, row in numbered)

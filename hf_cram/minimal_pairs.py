@@ -9,6 +9,7 @@ The pairs are in BLiMP's format ([`minimal_pair_sources`]), a sentence's score i
 
 import argparse
 import copy
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from .hardware import NO_COMPILER, can_compile, is_out_of_memory
 from .minimal_pair_sources import MinimalPair, MinimalPairsError, read_pairs
 from .model_card import ModelCardError, update_model_card
 from .pseudo_likelihood import BATCH_TOKENS, compile_encoder, pseudo_log_likelihoods
+
+logger = logging.getLogger(__name__)
 
 RESULTS_NAME = "minimal_pairs_results.json"
 COMPILED_PAIRS = 10_000  # as many pay for the compiling
@@ -217,6 +220,14 @@ def check_output_dir(output_dir: Path, model_folder: Path, model_name: str) -> N
         raise MinimalPairsError(f"--output_dir: {path} holds the scores of another model: name another folder")
 
 
+def has_more(model_folder: Path, results: dict[str, Any]) -> bool:
+    """Whether the results beside a model are of more pairs than these."""
+    try:
+        return read_json(model_folder / RESULTS_NAME, "pairs")["pairs"] > results["pairs"]
+    except (OSError, TypeError, ValueError):
+        return False
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the pairs, print a table, write `minimal_pairs_results.json`, and put the result into the model's card."""
     parser = build_parser()
@@ -242,9 +253,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         print(results_table(results))
         write_json_atomically(output_dir / RESULTS_NAME, results)
-        if model_folder.is_dir():  # the figure is pushed with the model
+        if (
+            model_folder.is_dir()
+            and output_dir.resolve() != model_folder.resolve()
+            and has_more(model_folder, results)
+        ):
+            logger.warning(
+                "The results are in %s alone: those in %s are of more pairs, and stay", output_dir, model_folder
+            )
+        elif model_folder.is_dir():  # the figure is pushed with the model
             write_json_atomically(model_folder / RESULTS_NAME, results)
             update_model_card(model_folder, minimal_pairs=results)
+    except KeyboardInterrupt:
+        print("hf_cram.minimal_pairs: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
     except (MinimalPairsError, ModelCardError, OSError) as error:
         sys.exit(f"hf_cram.minimal_pairs: error: {error}")
     except (MemoryError, RuntimeError) as error:

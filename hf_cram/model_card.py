@@ -53,7 +53,7 @@ def build_model_card(
     fills: Sequence[Mapping[str, Any]],
     num_parameters: int,
     sequence_length: int,
-    dataset_name: str | None = None,
+    dataset_names: Sequence[str] = (),
     language: str | None = "en",
     license_name: str | None = "apache-2.0",
     glue_results: Mapping[str, Any] | None = None,
@@ -71,7 +71,7 @@ def build_model_card(
         fills: `{"sentence": str, "fills": [str, ...]}` each.
         num_parameters: parameters of the model.
         sequence_length: tokens of a training row.
-        dataset_name: the text's data set on the Hub, if it is one.
+        dataset_names: the text's data sets on the Hub.
         language: of the text, a code of the Hub; `None` leaves it out.
         license_name: of the model, an identifier of the Hub; `None` leaves it out.
         glue_results: the content of `glue_results.json`, of GLUE or of own data.
@@ -84,10 +84,10 @@ def build_model_card(
         license=license_name,
         library_name="transformers",
         pipeline_tag="fill-mask",
-        datasets=[dataset_name] if dataset_name else None,
+        datasets=list(dataset_names) or None,
         tags=["hf_cram", "crammed-bert", "masked-lm"],
         model_name=model_name,
-        eval_results=[] if eval_loss is None else [_mlm_result(eval_loss, text_name, dataset_name)],
+        eval_results=[] if eval_loss is None else [_mlm_result(eval_loss, text_name, dataset_names)],
     )
     card = ModelCard.from_template(
         data,
@@ -115,7 +115,13 @@ def build_model_card(
 
 
 def build_fine_tuned_card(
-    model_name: str, start: str, results: Mapping[str, Any] | None = None, base_model: str | None = None
+    model_name: str,
+    start: str,
+    results: Mapping[str, Any] | None = None,
+    *,
+    base_model: str | None = None,
+    language: str | None = "en",
+    license_name: str | None = "apache-2.0",
 ) -> ModelCard:
     """
     A card of a classifier, or of a regression, with its scores and how to load it.
@@ -125,8 +131,12 @@ def build_fine_tuned_card(
         start: what was fine-tuned, in words.
         results: the content of `glue_results.json`, of own data.
         base_model: what was fine-tuned, where it is a model of the Hub.
+        language: of the data, a code of the Hub; `None` leaves it out.
+        license_name: of the model, an identifier of the Hub; `None` leaves it out.
     """
     data = ModelCardData(
+        language=language,
+        license=license_name,
         base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -302,11 +312,11 @@ def minimal_pairs_section(results: Mapping[str, Any]) -> str:
 # ---- Results that programs read ----
 
 
-def _mlm_result(eval_loss: float, text_name: str, dataset_name: str | None) -> EvalResult:
+def _mlm_result(eval_loss: float, text_name: str, dataset_names: Sequence[str]) -> EvalResult:
     return EvalResult(
         task_type="fill-mask",
         task_name="Masked language modeling",
-        dataset_type=dataset_name or "held-out",
+        dataset_type=dataset_names[0] if len(dataset_names) == 1 else "held-out",
         dataset_name=f"held-out part of {text_name}",
         metric_type="loss",
         metric_name=MLM_METRIC,

@@ -44,7 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_crammed_bert import CrammedBertConfig
 
 # Each branch below is one finding of the paper against the original BERT's choice, tested side by side.
-# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit, config.classifier_pooling, config.qk_norm
+# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit, config.classifier_pooling
 
 
 def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
@@ -223,8 +223,6 @@ class CrammedBertAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project(hidden_states, output_positions)
-        if self.config.qk_norm:
-            query, key = (nn.functional.rms_norm(p, (self.head_size,), eps=self.config.norm_eps) for p in (query, key))
         if rotary_positions is not None:
             key = rotate(key, *rotary_positions)
             if output_positions is not None:

@@ -80,6 +80,11 @@ def first_free(path: Path) -> Path:
     return numbered
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a model lies in `folder` itself, not in a checkpoint below it."""
+    return any((folder / name).exists() for name in MODEL_FILES)
+
+
 def move_earlier_run_aside(output_dir: Path) -> Path | None:
     """
     Move the output of an earlier run, or any model or checkpoint, out of the way of a new run: nothing is overwritten.
@@ -87,7 +92,7 @@ def move_earlier_run_aside(output_dir: Path) -> Path | None:
     Returns where it went, `<output_dir>.previous-N`, or `None` where there was none.
     """
     has_clock = read_clock(output_dir) is not None
-    has_model = any((output_dir / name).exists() for name in MODEL_FILES)
+    has_model = holds_model(output_dir)
     if not (has_clock or has_model or complete_checkpoints(output_dir)):
         return None
     way_out = "name another --output_dir"

@@ -33,10 +33,14 @@ class PrepareArguments:
         default=False, metadata={"help": "Prepare the first documents in a temporary folder and predict the totals."}
     )
     dry_run_documents: int = field(default=10_000, metadata={"help": "Documents of a dry run."})
+    num_processes: int = field(
+        default=1, metadata={"help": "Processes that will train, for a text that the budget limits (text_for_budget)."}
+    )
 
     def __post_init__(self) -> None:
-        if self.dry_run_documents < 1:
-            raise DataError(f"dry_run_documents must be at least 1, got {self.dry_run_documents}")
+        for name in ("dry_run_documents", "num_processes"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class TrainingFields(CramTrainingArguments):
@@ -55,10 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("hf_cram").setLevel(logging.INFO)
     try:
-        if is_limit_wanted(data_args, text_args):
+        if is_limit_wanted(data_args, text_args) and published_corpus(data_args) is None:
             try:
                 training_args = _training_args(training_fields)
-                limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
+                limit_text_to_budget(
+                    data_args, model_args, masking_args, training_args, text_args, prepare_args.num_processes
+                )
             except DataError as error:
                 if not prepare_args.dry_run:
                     raise
@@ -72,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         address = publish_if_asked(corpus, publish_args, data_args)
         if address is not None:
             print(f"published at {address}")
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: stopped; what was finished is kept", file=sys.stderr)
+        return 130
     except (MemoryError, OSError, ValueError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split()) or 'memory ran out'}", file=sys.stderr)
         return 1
@@ -98,11 +107,7 @@ def _training_args(training_fields: TrainingFields) -> CramTrainingArguments:
 def describe(corpus: PreparedCorpus) -> str:
     """What was prepared, and what each step took."""
     statistics = corpus.statistics
-    dropped = ", ".join(f"{reason} ({count:,})" for reason, count in statistics["dropped"].items())
-    return (
-        f"{corpus.table}\ndropped: {dropped or 'nothing'}\n"
-        f"{statistics['train_rows']:,} rows to train on, {statistics['eval_rows']:,} held out"
-    )
+    return f"{corpus.table}\n{statistics['train_rows']:,} rows to train on, {statistics['eval_rows']:,} held out"
 
 
 def predict(arguments: DataArguments, num_documents: int) -> str:

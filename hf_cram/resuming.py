@@ -37,7 +37,7 @@ def _check_dataset(checkpoint: Path, earlier: str | None, now: str | None) -> No
     if None not in (earlier, now) and earlier != now:
         raise CheckpointError(
             f"{checkpoint} has seen rows of the dataset {earlier}, and the one given now is {now}: repeat every "
-            "setting of the text, max_train_tokens as logged then included (installed-docs are another text whenever "
+            "setting of the text, max_train_tokens included (installed-docs are another text whenever "
             "packages are installed or removed), or start a new run"
         )
 

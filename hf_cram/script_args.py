@@ -53,6 +53,16 @@ class CardArguments:
     def __post_init__(self) -> None:
         self.language = language_code(self.language) or "none"
 
+    @property
+    def language_code(self) -> str | None:
+        """For the card; `None` leaves it out."""
+        return None if self.language == "none" else self.language
+
+    @property
+    def license_name(self) -> str | None:
+        """For the card; `None` leaves it out."""
+        return None if self.model_license == "none" else self.model_license
+
 
 RECIPE_PARTS = (
     ModelArguments,

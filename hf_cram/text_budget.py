@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from .data.collator import parse_phases
 from .data.errors import DataError, system_cause
-from .data.pipeline import DataArguments, open_cache
+from .data.pipeline import DataArguments, open_cache, published_corpus
 from .data.workers import available_workers
 from .files import write_json_atomically
 from .hardware import bf16_is_faster, largest_linear_shape, memory_errors, random_batch
@@ -48,24 +48,27 @@ def limit_text_to_budget(
     masking_args: MaskingArguments,
     training_args: CramTrainingArguments,
     text_args: TextBudgetArguments,
+    num_processes: int | None = None,
 ) -> None:
     """
-    Set `data_args.max_train_tokens` to what the run can consume, where that is wanted and not set.
+    Set `data_args.max_train_tokens` to what the run can consume, where that is wanted and not set, in `num_processes` like
+    this one (default: as many as there are).
 
     The speed is measured once for each model, micro-batch and machine, and kept with the prepared text: the same run
     finds the same rows again. Every process gets the number of the first one.
     """
-    if not is_limit_wanted(data_args, text_args):
+    if not is_limit_wanted(data_args, text_args) or published_corpus(data_args) is not None:  # whose rows are made
         return
-    row_tokens = data_args.max_seq_length
+    row_tokens, processes = data_args.max_seq_length, num_processes or training_args.world_size
     limits, why = [], f"{training_args.max_steps} steps"
     if training_args.max_steps > 0:
-        limits.append(training_args.max_steps * training_args.largest_batch_rows * row_tokens)
+        batch_rows = training_args.train_batch_rows or training_args.per_device_train_batch_size * processes
+        limits.append(training_args.max_steps * batch_rows * row_tokens)
     if training_args.time_budget_seconds is not None:
         speed = [0.0]
         if training_args.process_index == 0:
             speed = [_tokens_per_second(data_args, model_args, masking_args, training_args)]
-        (tokens_per_second,) = broadcast_object_list(speed)
+        tokens_per_second = processes * broadcast_object_list(speed)[0]
         limits.append(round_up(tokens_per_second * training_args.time_budget_seconds * RESERVE))
         why = f"about {limits[-1] / RESERVE:,.0f} tokens at {tokens_per_second:,.0f} tokens/s"
     data_args.max_train_tokens = max(row_tokens, min(limits))
@@ -84,7 +87,7 @@ def round_up(number: float) -> int:
 def _tokens_per_second(
     data_args: DataArguments, model_args: Any, masking_args: MaskingArguments, training_args: CramTrainingArguments
 ) -> float:
-    """The speed of all processes together: remembered, or measured now."""
+    """The speed of one process: remembered, or measured now."""
     config = planned_config(model_args, data_args)
     rate = parse_phases(masking_args.mlm_probability)[0][1]
     batch = (training_args.per_device_train_batch_size, data_args.max_seq_length)
@@ -109,7 +112,7 @@ def _tokens_per_second(
                 f"the cache {path.parent} cannot be written ({system_cause(error)}): set cache_dir, or "
                 "max_train_tokens, which needs no measuring"
             ) from error
-    return speed * training_args.world_size
+    return speed
 
 
 def _read_speed(path: Path) -> float | None:

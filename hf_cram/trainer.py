@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
 
 from .budget import (
@@ -51,7 +51,7 @@ from .hardware import forget_peak_memory, memory_errors, peak_memory_bytes, trai
 from .hardware_choices import HardwareChoices
 from .hub import HubPusher, HubTarget
 from .optimization import MuonWithAdamW, decayed_parameter_names, muon_parameter_groups
-from .output_folder import lock_run, move_earlier_run_aside, set_later_checkpoints_aside
+from .output_folder import holds_model, lock_run, move_earlier_run_aside, set_later_checkpoints_aside
 from .resuming import load_run_state
 from .row_stream import RowStream, StepBatches, StepSampler
 from .training_args import CramTrainingArguments, resume_choice
@@ -64,6 +64,7 @@ ENDLESS_EPOCHS = 2**53  # the stream of rows has no end
 # the safe side, used until the first evaluation has been timed.
 EVALUATION_SHARE = 0.7
 SAVING_BYTES_PER_SECOND = 100e6
+MEASURED_ROWS = 2  # one value alone has no variance for a norm over the batch
 TRIED_ROWS = 32
 # Of an optimiser's groups, what follows from the arguments, which a resumed run may change; the rest is its state.
 OPTIMIZER_OPTIONS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
@@ -71,6 +72,18 @@ OPTIMIZER_OPTIONS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "moment
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+@contextlib.contextmanager
+def keep_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of `model` back afterwards: running statistics follow whatever goes through it in training."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)
 
 
 @contextlib.contextmanager
@@ -165,7 +178,7 @@ class CramTrainer(Trainer):
         self._clock_fraction = 0.0
         self._follower_logs: dict[str, float] = {}
         self._nonfinite_in_a_row = 0
-        self._has_trained = False
+        self._has_trained = self._is_resumed = False
         self._has_own_optimizer = self.optimizer is not None
         self._keeps_folder = False
         self._locks = contextlib.ExitStack()
@@ -186,7 +199,7 @@ class CramTrainer(Trainer):
             if text is not None
         }
         self.add_callback(ClockCallback(self._end_step))
-        if self.pop_callback(ProgressCallback) is not None:
+        if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:  # in a notebook another one
             self.add_callback(BudgetProgressCallback(self.progress))
 
     @property
@@ -266,7 +279,10 @@ class CramTrainer(Trainer):
             return self._eval_seconds or 0.0
         start_seconds, start_rows, *_ = self._session_start
         seconds_per_row = (self._elapsed_seconds - start_seconds) / max(1, self.run_state.rows_seen - start_rows)
-        return EVALUATION_SHARE * seconds_per_row * len(self.eval_dataset)
+        held_out: Any = self.eval_dataset
+        parts = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
+        rows = sum(len(part) for part in parts if isinstance(part, Sized))  # what streams tells no length
+        return EVALUATION_SHARE * seconds_per_row * rows
 
     def _expected_save_seconds(self) -> float:
         if self._save_seconds is not None:
@@ -318,6 +334,7 @@ class CramTrainer(Trainer):
             AcceleratorState._reset_state()
             self.create_accelerator_and_postprocess()
         self.run_state.row_order = self._row_order
+        self.run_state.max_train_tokens = getattr(self.train_dataset, "max_train_tokens", None)
         torch.set_flush_denormal(True)  # denormal gradients slow a CPU down many times
         self.clock.start(self.run_state.elapsed_seconds + self._setup_seconds)
         self._started_at = time.time() - self._setup_seconds
@@ -354,9 +371,11 @@ class CramTrainer(Trainer):
         output_dir = self.output_dir
         checkpoint, clock = None, None
         is_main = self.args.process_index == 0
+        self._is_resumed = bool(resume_from_checkpoint)
         self._locks.close()
         if is_main:
             self._locks.enter_context(lock_run(output_dir))
+            clear_staging(output_dir)
         self.accelerator.wait_for_everyone()  # a run that is at its end may save until then
         if resume_from_checkpoint:
             checkpoint = (
@@ -366,6 +385,11 @@ class CramTrainer(Trainer):
             if checkpoint is not None:
                 self.run_state = load_run_state(checkpoint, self.run_state.dataset_id, self._row_order, self.model)
             elif clock is not None:
+                if holds_model(output_dir):
+                    raise CheckpointError(
+                        f"{output_dir} holds a finished model and no checkpoint to continue from: leave out "
+                        "--resume_from_checkpoint for a new run, which moves it aside, or name another --output_dir"
+                    )
                 self.run_state = RunState(run_id=clock["run_id"], dataset_id=self.run_state.dataset_id)
             if checkpoint is None and is_main:
                 logger.warning("There is no complete checkpoint in %s: the run starts at its first step", output_dir)
@@ -375,13 +399,11 @@ class CramTrainer(Trainer):
                 if beat is not None and beat["run_id"] == self.run_state.run_id:
                     self.run_state.elapsed_seconds = max(self.run_state.elapsed_seconds, beat["elapsed_seconds"])
         self.accelerator.wait_for_everyone()  # all have looked
-        if is_main:
-            if self._make_room(
-                checkpoint, is_new=not resume_from_checkpoint or (checkpoint is None and clock is None)
-            ):
-                self._locks.close()  # it has moved with its folder
-                self._locks.enter_context(lock_run(output_dir))
-            clear_staging(output_dir)
+        if is_main and self._make_room(
+            checkpoint, is_new=not resume_from_checkpoint or (checkpoint is None and clock is None)
+        ):
+            self._locks.close()  # it has moved with its folder
+            self._locks.enter_context(lock_run(output_dir))
         self.accelerator.wait_for_everyone()
         return checkpoint
 
@@ -432,7 +454,7 @@ class CramTrainer(Trainer):
                 signal.signal(number, handler)
 
     def _measure_row_flops(self) -> dict[float | None, float]:
-        """FLOPs of one training row at each mask rate, counted on one micro-batch of one row."""
+        """FLOPs of one training row at each mask rate, counted on a few rows."""
         compute_loss = functools.partial(self.compute_loss, num_items_in_batch=1)
         collator: Any = self.data_collator
         flops: dict[float | None, float] = {}
@@ -441,7 +463,7 @@ class CramTrainer(Trainer):
             if is_phased:
                 collator.follow_budget(start)
             with keep_random_state(), self.accelerator.autocast():
-                flops[self._mask_rate] = float(training_flops(self.model, self._one_row(), compute_loss))
+                flops[self._mask_rate] = training_flops(self.model, self._few_rows(), compute_loss) / MEASURED_ROWS
         return flops
 
     @property
@@ -450,9 +472,10 @@ class CramTrainer(Trainer):
         collator = self.data_collator
         return collator.mlm_probability if isinstance(collator, DataCollatorForFixedCountMasking) else None
 
-    def _one_row(self, position: int = 0) -> dict[str, Any]:
-        """A training batch of one row."""
-        return self._prepare_inputs(self.data_collator([self._row_stream()[position]]))
+    def _few_rows(self, position: int = 0) -> dict[str, Any]:
+        """A training batch of `MEASURED_ROWS` rows, from `position` on."""
+        rows = self._row_stream().__getitems__(list(range(position, position + MEASURED_ROWS)))
+        return self._prepare_inputs(self.data_collator(rows))
 
     @torch.no_grad()
     def _loss_follows_item_count(self) -> bool:
@@ -463,8 +486,9 @@ class CramTrainer(Trainer):
         for position in range(TRIED_ROWS):
             losses: list[Any] = []
             for count in (1, 2):
-                with keep_random_state(), self.accelerator.autocast():  # the same masks and dropout
-                    loss = self.compute_loss(self.model.train(), self._one_row(position), num_items_in_batch=count)
+                # The same masks and dropout.
+                with keep_random_state(), keep_buffers(self.model), self.accelerator.autocast():
+                    loss = self.compute_loss(self.model.train(), self._few_rows(position), num_items_in_batch=count)
                     losses.append(loss)
             if all(loss.isfinite() and loss != 0 for loss in losses):  # else no token of the row is masked
                 return not torch.equal(*losses)
@@ -510,6 +534,8 @@ class CramTrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+            in_order=args.dataloader_in_order,
             # A generator of its own: the loader's draw must not move the restored random state of a resumed run.
             generator=torch.Generator().manual_seed(args.seed),
             worker_init_fn=_leave_signals_to_the_trainer,
@@ -590,9 +616,10 @@ class CramTrainer(Trainer):
             interval.skip_to(self._elapsed_seconds, self.budget_fraction)
         if self.budget_fraction >= 1:
             if self.state.global_step == 0:
+                way_out = ", or start anew without --resume_from_checkpoint" if self._is_resumed else ""
                 raise CheckpointError(
                     f"{self.output_dir}: all of time_budget ({format_duration(self.args.time_budget_seconds or 0)}) was "
-                    "used before the first step: raise it, or start anew without --resume_from_checkpoint"
+                    f"used before the first step: raise it{way_out}"
                 )
             logger.warning("The budget of this run is used up: no step is taken")
             self.was_used_up = True
@@ -786,6 +813,9 @@ class CramTrainer(Trainer):
             logs["skipped_steps"] = self.run_state.skipped_steps
             logs.update(self._follower_logs)
             self._last_log = self._counts()
+        if "train_samples_per_second" in logs:  # at the end; the Trainer's own takes every step for one of full size
+            rows = self.run_state.rows_seen - self._session_start[1]
+            logs["train_samples_per_second"] = round(rows / max(logs["train_runtime"], 1e-9), 3)
         super().log(logs, start_time)
 
     def budget_metrics(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
+from transformers.utils import is_liger_kernel_available
 
 from .budget import Interval, build_lr_schedule, parse_duration
 
@@ -31,6 +32,8 @@ REFUSED_FIELDS = {
     "load_best_model_at_end": "has no place under a budget: the last model is the result; leave it out",
     "metric_for_best_model": "has no place under a budget: the last model is the result; leave it out",
     "hub_always_push": "has no place here: while one push runs, the newest checkpoint waits",
+    "eval_delay": "has no place under a budget: set eval_interval; leave it out",
+    "enable_jit_checkpoint": "has no place here: SIGTERM saves a checkpoint anyway; leave it out",
     "auto_find_batch_size": "restarts training inside the clock: set per_device_train_batch_size",
     "label_smoothing_factor": "would change the held-out loss as well: give CramTrainer a compute_loss_func",
     "dataloader_drop_last": "would leave held-out rows out: training has full batches anyway; leave it out",
@@ -88,6 +91,8 @@ class OpenPrecisionArguments(TrainingArguments):
 
     def _check_packages(self) -> None:
         """What the Trainer would notice only after the text was prepared."""
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel: liger-kernel is not installed: pip install it, or leave it out")
         for name in self.report_to or ():
             if name in INTEGRATION_TO_CALLBACK and name not in (*get_available_reporting_integrations(), "flyte"):
                 raise ValueError(f"report_to: {name} is not installed: install its package, or set report_to: none")
@@ -106,6 +111,8 @@ class OpenPrecisionArguments(TrainingArguments):
         self.bf16 = asked_for
         if asked_for:
             self.mixed_precision = "bf16"
+        elif asked_for is False and self.mixed_precision == "bf16":  # the launcher's
+            self.mixed_precision = "no"
 
 
 @dataclass

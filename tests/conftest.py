@@ -1,11 +1,15 @@
 """Small things that every test may share: a configuration, a tokenizer trained in-process, rows."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-# No test reaches a network, whatever the machine's settings: read at import by the Hugging Face libraries.
+# No test reaches a network or the user's own cache, whatever the machine's settings: read at import by the libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_cram-tests-")
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 import numpy as np
@@ -16,13 +20,16 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from hf_cram import CrammedBertConfig, hardware_choices
+from hf_cram.data.workers import available_workers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 VOCAB_SIZE = 105
 
+# By the process that made it alone: forked ones end too.
+atexit.register(lambda home, pid: os.getpid() == pid and shutil.rmtree(home, True), os.environ["HF_HOME"], os.getpid())
 hardware_choices.PEAK_SECONDS = 0.05  # a hundred trainers measure it
-torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+torch.set_num_threads(max(1, available_workers(None) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(autouse=True)

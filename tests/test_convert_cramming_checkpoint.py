@@ -4,6 +4,7 @@ import json
 import logging
 import runpy
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -536,6 +537,18 @@ def test_torch_files_are_read_without_running_anything(tmp_path, paper_folder):
     assert not (tmp_path / "fired").exists()
 
 
+def test_a_damaged_pickle_in_a_whole_archive_is_one_line(tmp_path, paper_folder):
+    state = {"weight": torch.zeros(2)}
+    folder = write_paper_checkpoint(tmp_path / "damaged", paper_config(), state, "pytorch_model.bin")
+    with zipfile.ZipFile(folder / "pytorch_model.bin") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content[:-5] if name.endswith("data.pkl") else content)
+    with pytest.raises(ConversionError, match="pytorch_model.bin is truncated, or not a file of weights"):
+        convert(folder, tmp_path / "ours")
+
+
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"model": {"weight": torch.zeros(2)}}, torch.zeros(2)])
 def test_torch_files_that_are_no_state_dict_are_refused(tmp_path, content):
     folder = write_paper_checkpoint(tmp_path / "nested", paper_config(), content, "pytorch_model.bin")
@@ -574,6 +587,12 @@ def test_absent_files_are_named(tmp_path, paper_folder):
     (paper_folder / "config.json").unlink()
     with pytest.raises(ConversionError, match="there is no .*config.json"):
         convert(paper_folder, tmp_path / "ours")
+
+
+def test_a_model_of_ours_in_several_files_is_named(tmp_path, tiny_config):
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(tmp_path / "ours", max_shard_size="10kB")
+    with pytest.raises(ConversionError, match="there is no .*model.safetensors: .* in one file"):
+        convert(tmp_path / "ours", tmp_path / "paper")
 
 
 def test_nothing_is_overwritten(tmp_path, paper_folder):

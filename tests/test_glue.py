@@ -12,6 +12,7 @@ import zipfile
 
 import datasets
 import evaluate
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, SHARED, VOCAB_SIZE
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, pipeline
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, Trainer, pipeline
 
 import run_glue
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
@@ -410,7 +411,7 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     run(
         monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *FAST, "--num_train_epochs", "8",
         "--train_file", files["train"], "--validation_file", files["validation"], "--test_file", files["test"],
-        "--label_column", "topic", "--task_name", "news", "--seeds", "1",
+        "--label_column", "topic", "--task_name", "news", "--seeds", "1", "--language", "de", "--model_license", "mit",
     )  # fmt: skip
     results = results_of(out)
     assert results["columns"] == ["news"]
@@ -422,6 +423,7 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     assert card.data.pipeline_tag == "text-classification"
     assert [result.dataset_name for result in card.data.eval_results][:1] == ["news"]
     assert "# out\n" in card.text
+    assert (card.data.language, card.data.license) == ("de", "mit")
     assert results_of(out / "news") == results
     (predictions,) = (out / "predictions" / results["setting_id"]).rglob("news.seed-1.tsv")
     predictions = predictions.read_text().splitlines()
@@ -554,6 +556,25 @@ def test_the_kept_model_is_the_one_of_the_results(monkeypatch, model_folder, tmp
     assert not torch.equal(first, second)
     assert torch.equal(first, third)
     assert not (model_folder / "glue_results.json").exists()
+
+
+def test_a_model_of_other_data_of_that_name_is_moved_aside(monkeypatch, caplog, model_folder, tmp_path):
+    kept = model_folder.with_name("model-train")
+
+    def weights_after(place, seed):
+        texts, labels = sentences(32, seed)
+        file = tmp_path / place / "train.csv"
+        file.parent.mkdir()
+        datasets.Dataset.from_dict({"text": texts, "label": labels}).to_csv(file)
+        run(monkeypatch, "--model_name_or_path", model_folder, "--train_file", file, "--validation_file", file, *FAST,
+            "--seeds", "1")  # fmt: skip
+        return (kept / "train" / "model.safetensors").read_bytes()
+
+    first, second = weights_after("reviews", 0), weights_after("tweets", 1)
+    assert first != second
+    assert (kept / "train-1" / "model.safetensors").read_bytes() == first
+    assert results_of(kept / "train-1") != results_of(kept / "train")
+    assert f"was moved to {kept / 'train-1'}: --task_name tells them apart" in caplog.text
 
 
 # ---- Folders ----
@@ -704,6 +725,8 @@ def test_tasks_default_to_those_that_are_there(glue_data, tmp_path):
         ({"text": ["a", "b"], "label": ["x", "x"]}, {"text": ["a"], "label": ["x"]}, "all rows have the label 'x'"),
         ({"text": ["a", "b"], "class": [0, 1]}, {"text": ["a"], "class": [0]}, "train.csv: no column 'label'"),
         ({"text": ["a", "b", "c"], "label": [0, 1, None]}, {"text": ["a"], "label": [0]}, "train.csv: rows without a value"),
+        ({"text": ["a", "b", "c"], "label": ["0", "1", "NA"]}, {"text": ["a"], "label": [0]}, "train.csv: rows without a value"),
+        ({"text": ["a", "b"], "label": [0.5, 1]}, {"text": ["a", "b"], "label": ["1e-1", "NaN"]}, "dev.csv: rows without a"),
         ({"text": ["a", "b"], "label": [0.5, 1.0]}, {"text": ["a"], "label": ["x"]}, "dev.csv: .* must hold numbers"),
         ({"n": [1, 2], "label": [0, 1]}, {"n": [1], "label": [0]}, "--text_columns"),
     ],
@@ -884,6 +907,9 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--bf16_full_eval", "true", "bf16_full_eval has no place here"),
         ("--fp16_full_eval", "true", "fp16_full_eval has no place here"),
         ("--auto_find_batch_size", "true", "auto_find_batch_size would train with another batch"),
+        ("--enable_jit_checkpoint", "true", "enable_jit_checkpoint would score what a signal has stopped half-way"),
+        ("--use_liger_kernel", "true", "use_liger_kernel: liger-kernel is not installed"),
+        ("--language", "de", "language is for the card of a model of your own data"),
         ("--prediction_loss_only", "true", "prediction_loss_only would leave no predictions to score"),
         ("--eval_do_concat_batches", "false", "eval_do_concat_batches has no place here"),
         ("--lr_scheduler_kwargs", '{"min_lr": 1e-5}', "lr_scheduler_kwargs do not suit lr_scheduler_type cosine: "),
@@ -962,6 +988,7 @@ def test_a_tokenizer_of_another_model(monkeypatch, glue_data, model_folder, tiny
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: lower --per_device_train_batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 GB"), "out of memory: lower --per_device_train"),
         (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
+        (ModuleNotFoundError("No module named 'einops'"), "No module named 'einops'"),
     ],
 )
 def test_faults_of_the_machine_are_one_line(monkeypatch, glue_data, model_folder, tmp_path, fault, message):
@@ -975,6 +1002,82 @@ def test_faults_of_the_machine_are_one_line(monkeypatch, glue_data, model_folder
         runpy.run_path(str(REPOSITORY / "run_glue.py"), run_name="__main__")
     assert str(caught.value.code).startswith(f"run_glue.py: error: {message}")
     assert "\n" not in str(caught.value.code)
+
+
+def test_ctrl_c_keeps_the_finished_pairs(monkeypatch, capsys, glue_data, model_folder, tmp_path):
+    train, trainings = Trainer.train, []
+
+    def interrupted(trainer, *arguments, **options):
+        trainings.append(trainer)
+        if len(trainings) == 2:
+            raise KeyboardInterrupt
+        return train(trainer, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    arguments = fast_arguments(model_folder, glue_data, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *map(str, arguments), "--tasks", "wnli", "--seeds", "3"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(REPOSITORY / "run_glue.py"), run_name="__main__")
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.endswith(
+        "run_glue.py: stopped; finished pairs are kept: the same command goes on with the others\n"
+    )
+    assert len((tmp_path / "out" / "glue_runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, model_folder):
+    monkeypatch.setattr("hf_cram.hardware_choices.can_compile", lambda device: False)
+    with pytest.raises(ValueError, match="^torch_compile: .*compiler"):
+        run(monkeypatch, "--model_name_or_path", model_folder, "--torch_compile", "true")
+
+
+def test_code_that_comes_with_a_checkpoint_is_run_where_so_told(monkeypatch, glue_data, model_folder, tmp_path):
+    (model_folder / "configuration_foreign.py").write_text("")
+    edit_json(
+        model_folder / "config.json", model_type="foreign", auto_map={"AutoConfig": "configuration_foreign.Foreign"}
+    )
+    with pytest.raises(GlueError, match="pass --trust_remote_code true if you trust it") as caught:
+        run(monkeypatch, *fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_length_that_the_model_does_not_take_is_said(monkeypatch, caplog, glue_data, model_folder, tmp_path):
+    arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
+    run(monkeypatch, *arguments, "--max_seq_length", "1024")
+    assert "max_seq_length 1024 is more than model takes: examples are cut at 64" in caplog.text
+    assert results_of(tmp_path / "out")["setting"]["max_seq_length"] == 64
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_logs_within_a_task_are_printed_where_asked_for(
+    monkeypatch, capsys, glue_data, model_folder, tmp_path, asked_for
+):
+    arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
+    run(monkeypatch, *arguments, *(["--logging_strategy", "steps", "--logging_steps", "1"] if asked_for else []))
+    assert ("'loss'" in capsys.readouterr().out) is asked_for
+
+
+def test_glue_of_the_hub_is_the_default(monkeypatch, glue_data, tmp_path):
+    """A folder of the data set's name stands for it: the card names what `datasets` reads of the Hub."""
+    folder = tmp_path / "nyu-mll" / "glue"
+    shutil.copytree(glue_data, folder)
+    parts = [{"config_name": task, "data_dir": task} for task in ("sst2", "wnli")]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(parts)}\n---\n")
+    monkeypatch.chdir(tmp_path)
+    for task in ("sst2", "wnli"):
+        assert load_glue_task(TASKS[task]).train.to_dict() == load_glue_task(TASKS[task], str(folder)).train.to_dict()
+
+
+@pytest.mark.parametrize(
+    "error", [httpx2.ProxyError("refused"), httpx2.RemoteProtocolError("cut")], ids=["proxy", "cut"]
+)
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("hf_cram.glue_data.load_dataset", fail)
+    with pytest.raises(GlueError, match=r"nyu-mll/glue \(sst2\) cannot be loaded: .*--glue_data"):
+        load_glue_task(TASKS["sst2"])
 
 
 @pytest.mark.slow
@@ -1116,6 +1219,7 @@ def test_a_killed_run_loses_the_pair_it_was_in_alone(python_environment, glue_da
     log = out / "glue_runs.jsonl"
     process = subprocess.Popen([*map(str, command)], env=python_environment, stderr=subprocess.DEVNULL)
     while not log.exists() or log.read_text().count("\n") < 2:
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -16,7 +16,7 @@ from hf_cram.trainer import CramTrainer
 from hf_cram.training_args import CramTrainingArguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-ROTARY = {"position_embedding_type": "rotary", "qk_norm": True}
+ROTARY = {"position_embedding_type": "rotary"}
 
 
 def changed(config, **values):

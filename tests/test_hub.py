@@ -1,5 +1,6 @@
 """Pushing with the real client to a Hub on the loopback interface, with and without its faults."""
 
+import errno
 import json
 import os
 import queue
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -20,11 +22,13 @@ from datasets import Dataset
 from forked_calls import forked_calls, logged_in_environment
 from hub_server import CUT, SILENCE, TOKEN, Fault, running_hub
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load, load_file
 from transformers import AutoModelForMaskedLM
 
 from hf_cram import hub
 from hf_cram.hub import HubError, HubPusher, HubTarget, shareable_files
+from hf_cram.hub_errors import explain
 
 WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
 SMALL = [
@@ -37,6 +41,7 @@ MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 RESULTS = {"README.md", "all_results.json", "recipe.yaml", "loss_curve.png"}
 HEADS = ("", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification",
          "ForQuestionAnswering", "ForMultipleChoice", "ForTextEncoding")  # fmt: skip
+REFUSED = f"the Hub cannot be reached ([Errno {errno.ECONNREFUSED}] Connection refused)"
 COMMAND = re.compile(r"python -m hf_cram\.hub (.*)")
 
 # The waits between attempts, the client's included, are cut short.
@@ -178,6 +183,15 @@ def test_checkpoints_on_the_way_are_whole_models_with_their_code(pushed, server)
     assert not all(torch.equal(tensor, result[name]) for name, tensor in first.items())
 
 
+def test_only_the_result_is_pushed_where_so_asked(train, server):
+    status, log, out = train("at-end", "--max_steps", "4", "--save_interval", "25%", "--hub_strategy", "end")
+    assert status == 0, log
+    assert (out / "checkpoint-4").is_dir()
+    messages = server.repositories["me/at-end"].messages
+    assert not [message for message in messages if message.startswith("Training in progress")]
+    assert messages[-1] == "End of training"
+
+
 def test_the_token_is_found_nowhere(pushed, server):
     _, log, out = pushed
     assert TOKEN not in log
@@ -244,12 +258,12 @@ def test_training_goes_on_where_there_is_no_hub(train, run):
         status, log, out = train("absent", "--max_steps", "4", endpoint=endpoint)
         assert status == 0, log
         last = next(line for line in reversed(log.splitlines()) if COMMAND.search(line))
-        assert "the Hub cannot be reached ([Errno 111] Connection refused)" in last
+        assert REFUSED in last
         assert COMMAND.search(last)[1] == f"{out} --hub_model_id me/absent"
         assert 1 <= log.count(f"hf_cram.hub {out}") <= 2  # at the end, and once at most before it
         status, log = run("hf_cram.hub", out, endpoint=endpoint)
         assert status == 1
-        assert log.strip() == "hf_cram.hub: error: the Hub cannot be reached ([Errno 111] Connection refused)"
+        assert log.strip() == f"hf_cram.hub: error: {REFUSED}"
 
 
 @pytest.mark.parametrize(
@@ -283,6 +297,21 @@ def test_a_passing_fault_is_waited_out(pushed, run, server, heal, fault):
     assert log.strip().splitlines()[-1] == f"{server.url}/me/later"
     assert set(server.repositories["me/later"].files) == CODE | MODEL | RESULTS
     assert server.repositories["me/later"].private
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"ratelimit": '"api";r=0;t=55'}, 55.0),
+        ({"ratelimit": '"api";r=0;t=9999'}, 300.0),
+        ({}, 0.0),
+    ],
+)
+def test_a_hub_that_asks_for_patience_is_given_it(headers, seconds):
+    response = httpx2.Response(429, headers=headers, request=httpx2.Request("POST", "http://hub/api/repos/create"))
+    failure = explain(HfHubHTTPError("too many", response=response), "me/x", None, "hub_model_id")
+    assert (failure.is_final, failure.retry_after_seconds) == (False, seconds)
 
 
 def test_a_checkpoint_can_be_pushed_by_the_command(pushed, run, server):

@@ -270,6 +270,30 @@ def test_the_scores_of_another_model_are_never_replaced(model_folder, tmp_path):
     assert json.loads((tmp_path / "out" / "minimal_pairs_results.json").read_text())["model"] == "model"
 
 
+def test_fewer_pairs_elsewhere_leave_a_models_fuller_results(model_folder, tmp_path, caplog):
+    own = model_folder / "minimal_pairs_results.json"
+    main([str(model_folder), "--pairs", str(PAIRS), "--limit", "2"])
+    before = own.read_text()
+    arguments = [str(model_folder), "--pairs", str(PAIRS)]
+    main([*arguments, "--limit", "1", "--output_dir", str(tmp_path / "fewer")])
+    assert own.read_text() == before
+    assert json.loads((tmp_path / "fewer" / own.name).read_text())["pairs"] < json.loads(before)["pairs"]
+    assert "are of more pairs, and stay" in caplog.text
+    main([*arguments, "--output_dir", str(tmp_path / "all")])
+    assert json.loads(own.read_text())["pairs"] == 40
+
+
+def test_ctrl_c_is_one_line(model_folder, monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_cram.minimal_pairs.score_pairs", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        main([str(model_folder), "--pairs", str(PAIRS)])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.endswith("hf_cram.minimal_pairs: stopped; nothing was written\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -77,7 +77,7 @@ def test_card_is_the_recorded_one():
 
 
 def test_front_matter_is_what_the_hub_reads(tmp_path):
-    save_model_card(build(dataset_name="owner/text", text_name="owner/text", glue_results=PARTIAL_GLUE), tmp_path)
+    save_model_card(build(dataset_names=["owner/text"], text_name="owner/text", glue_results=PARTIAL_GLUE), tmp_path)
     front_matter = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert front_matter["license"] == "apache-2.0"
     assert front_matter["language"] == "en"
@@ -97,13 +97,19 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
     }
 
 
+def test_every_data_set_of_a_mix_is_named():
+    card = build(dataset_names=["owner/books", "owner/web"])
+    assert card.data.to_dict()["datasets"] == ["owner/books", "owner/web"]
+    assert ("held-out", None, None, "loss") in metrics_of(card)
+
+
 def test_text_of_this_machine_is_no_dataset():
     assert "datasets" not in build().data.to_dict()
     assert ("held-out", None, None, "loss") in metrics_of(build())
 
 
 def test_eval_results_are_parsed_by_the_library(tmp_path):
-    save_model_card(build(dataset_name="owner/text", glue_results=WHOLE_GLUE), tmp_path)
+    save_model_card(build(dataset_names=["owner/text"], glue_results=WHOLE_GLUE), tmp_path)
     folder = tmp_path / ".eval_results"
     glue = parse_eval_result_entries(yaml.safe_load((folder / "glue.yaml").read_text()))
     assert {entry.task_id: entry.value for entry in glue} == dict.fromkeys(GLUE_COLUMNS, 60.0)

@@ -46,7 +46,6 @@ SWITCHES = {
     "embedding_norm": False,
     "norm_type": "rms_norm",
     "gated_linear_unit": False,
-    "qk_norm": True,
     "prediction_head": True,
     "tie_word_embeddings": False,
     "type_vocab_size": 2,
@@ -99,8 +98,6 @@ def reference_loss(model, input_ids, labels):
             for head in range(config.num_attention_heads):
                 part = slice(head * head_size, (head + 1) * head_size)
                 q, k, v = (qkv[:, i * config.hidden_size : (i + 1) * config.hidden_size][:, part] for i in range(3))
-                if config.qk_norm:
-                    q, k = (part / torch.sqrt((part * part).mean(-1, keepdim=True)) for part in (q, k))
                 if kind == "rotary":
                     q, k = reference_rotate(q, config), reference_rotate(k, config)
                 scores = q @ k.T / math.sqrt(head_size)
@@ -157,7 +154,7 @@ def changed(config, **fields):
         {},
         *({name: value} for name, value in SWITCHES.items()),
         *({"position_embedding_type": p} for p in POSITIONS[1:]),
-        {"position_embedding_type": "rotary", "qk_norm": True, "gated_linear_unit": False},
+        {"position_embedding_type": "rotary", "gated_linear_unit": False},
     ],
     ids=str,
 )
@@ -242,12 +239,25 @@ def test_original_bert_has_the_parameters_of_bert_base():
         assert our_classifier.num_parameters() == bert_classifier.num_parameters()
 
 
+PAPER = {
+    "num_hidden_layers": 16, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
+    "hidden_act": "gelu", "gated_linear_unit": True, "norm_type": "layer_norm", "norm_scheme": "pre",
+    "norm_eps": 1e-12, "final_norm": True, "embedding_norm": True, "position_embedding_type": "scaled_sinusoidal",
+    "max_position_embeddings": 512, "qkv_bias": False, "linear_bias": False, "decoder_bias": False,
+    "prediction_head": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "tie_word_embeddings": True, "classifier_hidden_size": 1024, "classifier_activation": "tanh",
+    "classifier_dropout": 0.1,
+}  # fmt: skip
+
+
 def test_default_is_the_papers_final_model():
     with torch.device("meta"):
         model = CrammedBertForMaskedLM(CrammedBertConfig())
     embeddings = 32768 * 768
     assert model.num_parameters() == 119_589_889
     assert round((model.num_parameters() - embeddings) / 1e6, 1) == 94.4  # the paper's body
+    values = CrammedBertConfig().to_dict()
+    assert {name: values[name] for name in PAPER} == PAPER
 
 
 def test_sdpa_and_eager_agree_under_padding(tiny_config):
@@ -355,7 +365,7 @@ def test_training_with_positions_returns_the_loss_alone(tiny_config):
     "switches",
     [
         {},
-        {"position_embedding_type": "rotary", "qk_norm": True},
+        {"position_embedding_type": "rotary"},
         {"norm_scheme": "post", "final_norm": False, "qkv_bias": True},
     ],
     ids=["default", "rotary", "post_norm"],

@@ -16,6 +16,7 @@ import yaml
 from conftest import REPOSITORY
 
 from hf_cram import text_budget
+from hf_cram.data.errors import DataError
 from hf_cram.data.export import export_corpus
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 from hf_cram.prepare import main
@@ -66,6 +67,7 @@ def test_a_training_recipe_is_prepared_and_the_rows_found_again(recipe, tmp_path
         (["--row_order", "up"], "row_order must be one of"),
         (["--eval_rows", "0"], "eval_rows must be at least 1, got 0"),
         (["--dry_run_documents", "0"], "dry_run_documents must be at least 1"),
+        (["--num_processes", "0"], "num_processes must be at least 1"),
         (["--train_files", "missing.txt"], "missing.txt: no such file or folder"),
     ],
 )
@@ -197,6 +199,35 @@ def test_a_dry_run_of_published_rows_is_one_line(recipe, tmp_path, capsys):
     assert "holds prepared rows: there is nothing to predict" in capsys.readouterr().err
 
 
+def test_published_rows_are_used_as_they_are_whatever_the_budget(recipe, tmp_path, capsys, monkeypatch):
+    """A recipe that streams, in fp16, and own files of the recipe: neither speed nor text is looked at."""
+    folder = tmp_path / "published"
+    assert main([str(recipe), "--export_corpus_to", str(folder), "--drop_below_characters", "0"]) == 0
+    options = ["--train_files", "none", "--dataset_name", str(folder), "--streaming", "true"]
+    monkeypatch.setattr(text_budget, "measure_tokens_per_second", None)
+    assert main([str(recipe), *options, "--drop_below_characters", "0", "--text_for_budget", "true"]) == 0
+    found = prepare_corpus(DataArguments(dataset_name=str(folder), cache_dir=str(tmp_path / "cache")))
+    assert f"{len(found.train_dataset):,} rows to train on" in capsys.readouterr().out
+    assert not (tmp_path / "cache" / "speeds").exists()
+
+
+def test_ctrl_c_is_one_line(recipe, capsys, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_cram.prepare.prepare_corpus", interrupt)
+    assert main([str(recipe)]) == 130
+    assert capsys.readouterr().err.endswith("hf_cram.data.pipeline: stopped; what was finished is kept\n")
+
+
+def test_a_mix_is_not_repeated_and_deduplicated(tmp_path):
+    sources = {"a": {"train_files": ["a.txt"], "max_passes": 2}, "b": {"train_files": ["b.txt"]}}
+    DataArguments(sources=sources)
+    for option in ({"near_dedup_similarity": 0.8}, {"dedup_substring_bytes": 100}):
+        with pytest.raises(DataError, match="source 'a': deduplication would remove what max_passes repeats"):
+            DataArguments(sources=sources, **option)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [(["--fp16", "true"], "trains in fp16"), (["--fp16", "false", "--bf16", "true"], "trains in bf16"),
@@ -276,6 +307,19 @@ def test_the_limit_is_what_the_budget_can_consume(tmp_path, monkeypatch, caplog)
     remembered.write_text("{")
     data_args, training_args = arguments(tmp_path, time_budget="100s")
     assert limited(data_args, training_args, text_for_budget=True) == 600
+
+
+@pytest.mark.parametrize("limit", [{"time_budget": "100s"}, {"max_steps": 10}])
+def test_text_for_several_processes_is_theirs_together(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(text_budget, "measure_tokens_per_second", lambda *_: 1000.0)
+
+    def tokens(**options):
+        data_args, training_args = arguments(tmp_path, **limit)
+        text = TextBudgetArguments(text_for_budget=True)
+        limit_text_to_budget(data_args, ModelArguments(**TINY), MaskingArguments(), training_args, text, **options)
+        return data_args.max_train_tokens
+
+    assert tokens(num_processes=8) == 8 * tokens()
 
 
 def test_another_library_or_machine_is_measured_anew(tmp_path, monkeypatch):

@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from transformers.trainer_utils import SaveStrategy
 
-from hf_cram.checkpointing import RunState, last_checkpoint
+from hf_cram.checkpointing import CheckpointError, RunState, last_checkpoint
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments
+from hf_cram.data.workers import available_workers
 from hf_cram.launching import missing_processes, use_all_cores
 from hf_cram.recipes import ModelArguments, RecipeParser
 from hf_cram.training_args import CramTrainingArguments
-from run_mlm_cram import check_same_rows, shareable
+from run_mlm_cram import check_same_rows, limit_of_the_resumed, shareable
 
 WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
 SMALL = [
@@ -82,6 +83,7 @@ def finished(text, tmp_path_factory):
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate()[1]
+    assert last_checkpoint(out), errors
     stopped = RunState.load(last_checkpoint(out))
     for name in OF_EARLIER_WEIGHTS:
         (out / name).write_text("mine")
@@ -160,8 +162,8 @@ def test_stopping_the_launcher_stops_the_run_with_a_checkpoint(text, tmp_path):
     (training,) = psutil.Process(launched.pid).children()
     launched.terminate()
     launched.wait()
-    psutil.wait_procs([training], timeout=60)
-    assert not training.is_running()
+    _, left = psutil.wait_procs([training], timeout=60)
+    assert {process.status() for process in left} <= {psutil.STATUS_ZOMBIE}  # where nobody is there to bury it
     assert RunState.load(last_checkpoint(out)).rows_seen > 0
 
 
@@ -211,14 +213,14 @@ def test_recipe_beside_the_model_can_be_shared_and_run_again(finished):
 def test_held_out_loss_is_that_of_the_saved_model(finished, text):
     from hf_cram.data.collator import DataCollatorForFixedCountMasking
     from hf_cram.data.pipeline import DataArguments, prepare_corpus
-    from run_mlm_cram import EVAL_MASK_SEED, EVAL_MLM_PROBABILITY
+    from run_mlm_cram import EVAL_MASK_SEED
 
     corpus = prepare_corpus(
         DataArguments(train_files=[str(text / "text.txt")], cache_dir=str(text / "cache"), vocab_size=200,
                       max_seq_length=32, eval_rows=16)
     )  # fmt: skip
     assert corpus.from_cache
-    collator = DataCollatorForFixedCountMasking(corpus.tokenizer, EVAL_MLM_PROBABILITY, seed=EVAL_MASK_SEED)
+    collator = DataCollatorForFixedCountMasking(corpus.tokenizer, 0.15, seed=EVAL_MASK_SEED)
     model = AutoModelForMaskedLM.from_pretrained(finished[-1])
     with torch.no_grad():
         loss = model(**collator([corpus.eval_dataset[index] for index in range(16)])).loss.item()
@@ -241,6 +243,8 @@ def test_two_processes_launched_by_accelerate(text, tmp_path, python_environment
     assert (last_checkpoint(out) / "rng_state_1.pth").is_file()
     assert result.stderr.count("The budget can consume about") == 1
     assert result.stderr.count("Training reads the rows in their order (sentence_length)") == 1
+    state = RunState.load(last_checkpoint(out))
+    assert (state.row_order, state.max_train_tokens) == ("sequential", results["max_train_tokens"])
     assert result.stderr.count("What preparing took") == 1
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert (recipe["text_for_budget"], recipe["row_order"]) == (True, "sentence_length")
@@ -254,6 +258,23 @@ def test_processes_that_found_another_text_do_not_train(monkeypatch):
     monkeypatch.setattr("run_mlm_cram.gather_object", lambda values: [*values, "another's"])
     with pytest.raises(DataError, match="the text has changed"):
         check_same_rows(corpus)
+
+
+def test_a_resumed_run_reads_its_text_for_the_same_tokens(tmp_path):
+    """Another budget or machine would ask for another number, and so for other rows."""
+    (tmp_path / "checkpoint-7").mkdir()
+    RunState(max_train_tokens=5000).save(tmp_path / "checkpoint-7")
+
+    def limit(**values):
+        return limit_of_the_resumed(
+            CramTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, **values)
+        )
+
+    assert limit(resume_from_checkpoint="true") == 5000
+    assert limit(resume_from_checkpoint=str(tmp_path / "checkpoint-7")) == 5000
+    assert limit() is None
+    with pytest.raises(CheckpointError, match="no checkpoint folder .*checkpoint-8"):
+        limit(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
@@ -285,7 +306,7 @@ def test_accelerate_on_a_cpu_is_held_to_the_number_asked_for():
 
 def test_a_launchers_single_thread_becomes_all_cores():
     threads = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0))
+    cores = available_workers(None)
     launched = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
     try:
         for environment, expected in (

@@ -124,8 +124,8 @@ def test_runs_that_shared_the_machine_have_no_times(tmp_path, capsys):
 
 
 def test_a_sweep_is_a_grid():
-    grid = speedrun.parse_overrides(["learning_rate=1e-3,2e-3", "qk_norm=true"])
-    assert [(point["learning_rate"], point["qk_norm"]) for point in grid] == [("1e-3", True), ("2e-3", True)]
+    grid = speedrun.parse_overrides(["learning_rate=1e-3,2e-3", "fp16=true"])
+    assert [(point["learning_rate"], point["fp16"]) for point in grid] == [("1e-3", True), ("2e-3", True)]
     assert speedrun.parse_overrides([]) == [{}]
     with pytest.raises(SystemExit, match="'oops' is not name=value"):
         speedrun.parse_overrides(["oops"])

@@ -14,15 +14,20 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from conftest import VOCAB_SIZE, Rows
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     TrainerCallback,
     TrainingArguments,
     ViTConfig,
@@ -32,9 +37,16 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_cram import CrammedBertForMaskedLM
+from hf_cram import CrammedBertForMaskedLM, hardware_choices
 from hf_cram.callbacks import LossCurveCallback
-from hf_cram.checkpointing import CheckpointError, RunState, clear_staging, last_checkpoint, publish_checkpoint
+from hf_cram.checkpointing import (
+    CheckpointError,
+    Heartbeat,
+    RunState,
+    clear_staging,
+    last_checkpoint,
+    publish_checkpoint,
+)
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.hardware import MicroBatchMemoryError
 from hf_cram.modeling_crammed_bert import eager_attention_forward
@@ -54,17 +66,26 @@ class FakeClock:
         return self.now
 
 
-class Advance(TrainerCallback):
-    """Lets a step take a second of fake time, and notes what it saw."""
+class Pass(TrainerCallback):
+    """Lets a step take a second of fake time."""
 
     def __init__(self, clock, seconds=1.0):
-        self.clock = clock
-        self.seconds = seconds
+        self.clock, self.seconds = clock, seconds
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.clock.now += self.seconds
+
+
+class Advance(Pass):
+    """Notes what it saw at each step, too."""
+
+    def __init__(self, clock, seconds=1.0):
+        super().__init__(clock, seconds)
         self.trainer = None
         self.seen = []
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.clock.now += self.seconds
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
         lr = self.trainer.optimizer.param_groups[0]["lr"]
         self.seen.append((lr, self.trainer.data_collator.mlm_probability))
 
@@ -83,8 +104,8 @@ def make_arguments(output_dir, **values):
     return CramTrainingArguments(**{**defaults, **values})
 
 
-def make_trainer(config, tokenizer, output_dir, *, rate="0.25", callbacks=(), dataset=None, model=None, clock=None,
-                 **values):  # fmt: skip
+def make_trainer(config, tokenizer, output_dir, *, rate="0.25", callbacks=(), dataset=None, held_out=None, model=None,
+                 clock=None, **values):  # fmt: skip
     set_seed(0)
     arguments = make_arguments(output_dir, **values)
     collator = DataCollatorForFixedCountMasking(tokenizer, rate)
@@ -95,7 +116,7 @@ def make_trainer(config, tokenizer, output_dir, *, rate="0.25", callbacks=(), da
         followers=[collator],
         eval_data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.15, seed=7),
         train_dataset=dataset or Rows(64),
-        eval_dataset=Rows(16, seed=1),
+        eval_dataset=held_out or Rows(16, seed=1),
         data_collator=collator,
         processing_class=tokenizer,
         callbacks=list(callbacks),
@@ -181,6 +202,70 @@ def test_real_seconds(tiny_config, tokenizer, tmp_path):
     for key in ("elapsed_seconds", "tokens_seen", "tokens_per_second", "model_flops_per_second", "matmul_peak_share",
                 "learning_rate", "batch_rows", "mlm_probability"):  # fmt: skip
         assert math.isfinite(logged[-1][key]), key
+
+
+def test_speeds_are_counts_over_the_clocks_seconds(tiny_config, tokenizer, tmp_path):
+    """Steps of half a second with 4 rows of 16 tokens."""
+    trainer, _ = run_with_fake_clock(
+        tiny_config, tokenizer, tmp_path, seconds=0.5, time_budget="10s", logging_interval="20%"
+    )
+    metrics = trainer.budget_metrics()
+    flops, peak = metrics["training_flops"] / 10, metrics["matmul_peak_flops_per_second"]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["tokens_seen"] for entry in logged] == [256, 512, 768, 1024, 1280]
+    for figures in (*logged, metrics):
+        assert (figures["tokens_per_second"], figures["samples_per_second"]) == (128.0, 8.0)
+    for entry in logged:
+        assert entry["model_flops_per_second"] == pytest.approx(flops)
+        assert entry["matmul_peak_share"] == pytest.approx(flops / peak)
+    weights_and_moments = 3 * sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    assert metrics["peak_memory_bytes"] > weights_and_moments
+
+
+class Look(TrainerCallback):
+    """Asks the trainer at a step where the run stands."""
+
+    def __init__(self, step):
+        self.step, self.trainer, self.seen = step, None, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.seen = self.trainer.progress()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_the_progress_bar_is_told_where_the_run_stands(tiny_config, tokenizer, tmp_path, capsys, share):
+    clock, look = FakeClock(), Look(round(20 * share))
+    advance = Advance(clock)
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path, callbacks=[advance], clock=clock, time_budget="20s", disable_tqdm=False
+    )
+    trainer.add_callback(look)  # behind the one that reads the clock
+    advance.trainer = look.trainer = trainer
+    trainer.train()
+    seen = look.seen
+    assert (seen.elapsed_seconds, seen.time_budget_seconds, seen.fraction) == (20 * share, 20.0, share)
+    assert (seen.unit, seen.units_seen, seen.units_per_second) == ("tokens", 1280 * share, 64.0)
+    assert seen.estimated_units == pytest.approx(1280)
+    assert "64 tokens/s, 0.00M of about 0.00M tokens" in capsys.readouterr().err
+
+
+def test_the_trainers_own_speed_follows_the_ramp_too(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=8, train_batch_rows=16, batch_ramp_until=1.0)
+    metrics = trainer.train().metrics
+    assert trainer.run_state.rows_seen < 8 * 16
+    assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(
+        trainer.run_state.rows_seen, rel=0.01
+    )
+
+
+def test_peak_memory_is_that_of_the_training(tiny_config, tokenizer, tmp_path):
+    before = np.ones(100_000_000)  # 800 MB, as a preparation may have held
+    del before
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1)
+    trainer.train()
+    resident = psutil.Process().memory_info().rss
+    assert trainer.budget_metrics()["peak_memory_bytes"] < resident + 400_000_000
 
 
 def test_every_parameter_learns(tiny_config, tokenizer, tmp_path):
@@ -426,6 +511,17 @@ def test_resumed_clock_goes_on_where_it_was(tiny_config, tokenizer, tmp_path):
     assert third.state.global_step == 6
 
 
+def test_the_clock_is_written_while_a_step_lasts(tmp_path):
+    """A step of minutes, or a long evaluation, and then a kill: the time since the last checkpoint is not lost."""
+    beats = iter(range(1000))
+    with Heartbeat(tmp_path, lambda: {"beat": next(beats)}):
+        first = (tmp_path / "clock.json").read_text()
+        deadline = time.monotonic() + 30
+        while (tmp_path / "clock.json").read_text() == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_the_clock_of_a_run_that_was_moved_aside_goes_on_too(tiny_config, tokenizer, tmp_path):
     run_with_fake_clock(
         tiny_config, tokenizer, tmp_path / "moved", time_budget="100s", max_steps=6, save_interval="3s"
@@ -439,6 +535,19 @@ def test_the_clock_of_a_run_that_was_moved_aside_goes_on_too(tiny_config, tokeni
     )
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.run_state.elapsed_seconds >= 75.0
+
+
+def test_resuming_without_a_checkpoint_leaves_a_finished_model(tiny_config, tokenizer, tmp_path):
+    first, _ = run_with_fake_clock(tiny_config, tokenizer, tmp_path, time_budget="5s")
+    first.save_model()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = make_trainer(tiny_config, tokenizer, tmp_path, clock=FakeClock(), time_budget="10s")
+    with pytest.raises(
+        CheckpointError, match="holds a finished model and no checkpoint.*leave out --resume"
+    ) as caught:
+        again.train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_without_a_step_is_no_result(tiny_config, tokenizer, tmp_path):
@@ -694,23 +803,38 @@ def test_a_run_that_has_no_budget_left_takes_no_step(tiny_config, tokenizer, tmp
     assert "The budget of this run is used up" in caplog.text
 
 
-class Terminate(TrainerCallback):
-    """SIGTERM to this process and its loader workers, as `timeout`, Slurm and a closed terminal send it."""
+class Signal(TrainerCallback):
+    """A signal to this process and its loader workers: `timeout`, Slurm and a closed terminal send SIGTERM, Ctrl-C SIGINT."""
+
+    def __init__(self, number, times=1):
+        self.number, self.times = number, times
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            for process in (*multiprocessing.active_children(), None):
-                os.kill(process.pid if process else os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)
+            for _ in range(self.times):
+                for process in (*multiprocessing.active_children(), None):
+                    os.kill(process.pid if process else os.getpid(), self.number)
+                time.sleep(0.5)
 
 
-def test_a_signal_to_the_loader_workers_too_saves_a_checkpoint(tiny_config, tokenizer, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_loader_workers_too_saves_a_checkpoint(tiny_config, tokenizer, tmp_path, number):
     trainer = make_trainer(
-        tiny_config, tokenizer, tmp_path, max_steps=50, dataloader_num_workers=2, callbacks=[Terminate()]
+        tiny_config, tokenizer, tmp_path, max_steps=50, dataloader_num_workers=2, callbacks=[Signal(number)]
     )
+    before = signal.getsignal(number)
     trainer.train()
-    assert trainer.interrupted_by == signal.SIGTERM
+    assert trainer.interrupted_by == number
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=50, callbacks=[Signal(signal.SIGINT, times=2)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert last_checkpoint(tmp_path) is None
 
 
 class TerminateWhileEvaluating(TrainerCallback):
@@ -816,6 +940,80 @@ def test_an_evaluation_that_would_overrun_is_not_started(tiny_config, tokenizer,
     assert [path.name for path in (tmp_path / "slow").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
+def test_what_was_not_measured_yet_is_foreseen(tiny_config, tokenizer, tmp_path, monkeypatch):
+    """A first evaluation by the speed of training, a first checkpoint by its size."""
+    monkeypatch.setattr("hf_cram.trainer.SAVING_BYTES_PER_SECOND", 1.0)
+    settings = {"time_budget": "10s", "eval_interval": "3s", "save_interval": "3s"}
+    trainer, _ = run_with_fake_clock(tiny_config, tokenizer, tmp_path / "slow", seconds=3.0, **settings)
+    assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [path.name for path in (tmp_path / "slow").glob("checkpoint-*")] == ["checkpoint-4"]  # the end's
+    trainer, _ = run_with_fake_clock(tiny_config, tokenizer, tmp_path / "fast", seconds=1.0, **settings)
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [3, 6, 9]
+
+
+class Stream(IterableDataset):
+    """Rows that tell no number."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows[index] for index in range(len(self.rows)))
+
+
+@pytest.mark.parametrize(
+    ("held_out", "evaluations"),
+    [({"a": Rows(16, seed=1), "b": Rows(16, seed=2)}, []), (Stream(Rows(16, seed=1)), [2])],
+    ids=["several", "stream"],
+)
+def test_the_first_evaluation_of_several_parts_and_of_a_stream(
+    tiny_config, tokenizer, tmp_path, held_out, evaluations
+):
+    """Of two parts 32 rows are foreseen to take 11 seconds, more than the budget has left; of a stream nothing is."""
+    clock = FakeClock()
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path, clock=clock, callbacks=[Pass(clock, 4.0)], held_out=held_out,
+        time_budget="12s", eval_interval="5s",
+    )  # fmt: skip
+    trainer.train()
+    logged = {
+        entry["step"] for entry in trainer.state.log_history if any("loss" in key and "eval" in key for key in entry)
+    }
+    assert sorted(logged) == evaluations
+
+
+class Spend(TrainerCallback):
+    """Evaluating and saving take their fake time."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.clock.now += 2.0
+
+    def on_save(self, args, state, control, **kwargs):
+        self.clock.now += 1.0
+
+
+def test_the_clock_counts_measuring_evaluating_and_saving(tiny_config, tokenizer, tmp_path, monkeypatch):
+    clock = FakeClock()
+    measure = hardware_choices.measure_matmul_flops
+
+    def slowly(*args, **kwargs):
+        clock.now += 4.0
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr("hf_cram.hardware_choices.measure_matmul_flops", slowly)
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path, clock=clock, callbacks=[Pass(clock), Spend(clock)], time_budget="20s",
+        eval_interval="50%", save_interval="50%",
+    )  # fmt: skip
+    trainer.train()
+    # 4 to measure the machine, 6 steps, 2 for the evaluation at half of the budget, 1 for the checkpoint, 7 steps.
+    assert trainer.budget_metrics()["train_seconds"] == 20.0
+    assert trainer.state.global_step == 13
+
+
 def test_evaluating_does_not_change_the_training(tiny_config, tokenizer, tmp_path):
     tiny_config.hidden_dropout_prob = 0.2
     quiet = make_trainer(tiny_config, tokenizer, tmp_path / "a", max_steps=6)
@@ -832,15 +1030,21 @@ def test_transformers_own_bert_can_be_crammed(tokenizer, tmp_path):
     )
     set_seed(0)
     collator = DataCollatorForFixedCountMasking(tokenizer, 0.25, return_masked_positions=False)
-    trainer = CramTrainer(
+    clock = FakeClock()
+    advance = Advance(clock)
+    trainer = advance.trainer = CramTrainer(
         BertForMaskedLM(config),
-        make_arguments(tmp_path, max_steps=40, logging_interval="10%"),
+        make_arguments(tmp_path, time_budget="40s", logging_interval="10%", eval_interval="50%", save_interval="50%"),
         train_dataset=Rows(64),
+        eval_dataset=Rows(16, seed=1),
         data_collator=collator,
+        callbacks=[advance],
+        time_function=clock,
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [20]
     assert trainer.budget_metrics()["tokens_seen"] == 40 * 4 * 16
 
 
@@ -887,10 +1091,13 @@ def test_images_can_be_crammed(tmp_path):
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=2,
         num_channels=1, num_labels=10,
     )  # fmt: skip
+    clock = FakeClock()
     trainer = CramTrainer(
         ViTForImageClassification(config),
-        make_arguments(tmp_path, max_steps=200, per_device_train_batch_size=32, learning_rate=3e-3,
-                       lr_schedule="one_cycle", logging_interval="10%"),
+        make_arguments(tmp_path, time_budget="200s", per_device_train_batch_size=32, learning_rate=3e-3,
+                       lr_schedule="one_cycle", logging_interval="10%", save_interval="50%"),
+        callbacks=[Pass(clock)],
+        time_function=clock,
         train_dataset=Digits(),
         eval_dataset=Digits(),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
@@ -899,6 +1106,22 @@ def test_images_can_be_crammed(tmp_path):
     assert "tokens_seen" not in trainer.budget_metrics()
     assert trainer.budget_metrics()["samples_seen"] == 200 * 32
     assert trainer.evaluate()["eval_accuracy"] > 0.5
+
+
+def test_norms_over_the_batch_can_be_crammed(tmp_path):
+    """One row alone has no variance there, and what is measured beforehand leaves the running statistics alone."""
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2
+    )
+    rows = [{"pixel_values": torch.randn(1, 4, 4), "labels": index % 2} for index in range(32)]
+    trainer = CramTrainer(
+        ResNetForImageClassification(config), make_arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        train_dataset=rows,
+    )  # fmt: skip
+    statistics = [norm for norm in trainer.model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+    trainer.train()
+    assert {int(norm.num_batches_tracked) for norm in statistics} == {1}
+    assert trainer.budget_metrics()["training_flops"] > 0
 
 
 def test_loss_curve_and_tensorboard(tiny_config, tokenizer, tmp_path, monkeypatch):
@@ -1104,6 +1327,21 @@ def test_the_launchers_fp16_counts_as_told(tiny_config, tmp_path, monkeypatch):
         CramTrainer(CrammedBertForMaskedLM(tiny_config), arguments, train_dataset=Rows(8))
 
 
+@pytest.mark.parametrize(
+    ("bf16", "torch_compile", "precision", "backend"),
+    [(None, None, "bf16", "EAGER"), (False, False, "no", "NO"), (True, None, "bf16", "EAGER")],
+)
+def test_the_launchers_choices_count_where_nothing_else_is_told(
+    tiny_config, tokenizer, tmp_path, monkeypatch, own_accelerator, bf16, torch_compile, precision, backend
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1, bf16=bf16, torch_compile=torch_compile)
+    assert trainer.accelerator.mixed_precision == precision
+    assert trainer.accelerator.state.dynamo_plugin.backend == DynamoBackend(backend)
+    assert (trainer.args.bf16, trainer.args.torch_compile) == (precision == "bf16", backend != "NO")
+
+
 def test_torch_compile_without_a_compiler_is_one_line(tiny_config, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_cram.hardware_choices.can_compile", lambda device: False)
     with pytest.raises(ValueError, match="^torch_compile: torch.compile needs .* C\\+\\+ compiler"):
@@ -1200,33 +1438,39 @@ def test_rows_of_a_pass_are_each_seen_once_and_reshuffled():
 PARALLEL_SETTINGS = {"train_batch_rows": 16, "batch_ramp_until": 0.5}
 
 PARALLEL = """
+import json
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import Rows
-from test_trainer import PARALLEL_SETTINGS, make_trainer
+from test_trainer import PARALLEL_SETTINGS, StopAt, make_trainer
 from transformers import AutoTokenizer
 from hf_cram import CrammedBertConfig
 from hf_cram.launching import end_process
 folder = Path(sys.argv[2])
 config, tokenizer = CrammedBertConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-for kind, settings in (
-    ("steps", {"max_steps": 6}),
-    ("clock", {"time_budget": "2s", "logging_interval": "10%", "eval_interval": "25%", "save_interval": "25%"}),
+clock = {"time_budget": "2s", "logging_interval": "10%", "eval_interval": "25%", "save_interval": "25%"}
+for kind, sessions, settings in (
+    ("steps", ([], ), {"max_steps": 6}),
+    ("parts", ([StopAt(3)], []), {"max_steps": 6}),
+    ("clock", ([], ), clock),
 ):
-    trainer = make_trainer(config, tokenizer, folder / kind, per_device_train_batch_size=2, dataset=Rows(50),
-                           **PARALLEL_SETTINGS, **settings)
-    trainer.train()
+    for number, callbacks in enumerate(sessions):
+        trainer = make_trainer(config, tokenizer, folder / kind, per_device_train_batch_size=2, dataset=Rows(50),
+                               callbacks=callbacks, **PARALLEL_SETTINGS, **settings)
+        trainer.train(resume_from_checkpoint=number > 0)
     trainer.save_model()
-    state = [trainer.state.global_step, trainer.run_state.rows_seen, trainer.optimizer.param_groups[0]["lr"]]
-    total = sum(p.double().sum().item() for p in trainer.model.parameters())
-    (folder / f"{kind}.rank{trainer.args.process_index}").write_text(repr((state, total)))
+    run = trainer.run_state
+    state = {"step": trainer.state.global_step, "rows": run.rows_seen, "tokens": run.tokens_seen,
+             "flops": run.training_flops, "lr": trainer.optimizer.param_groups[0]["lr"],
+             "weights": sum(p.double().sum().item() for p in trainer.model.parameters())}
+    (folder / f"{kind}.rank{trainer.args.process_index}").write_text(json.dumps(state))
 end_process()
 """
 
 
 def test_two_processes_train_as_one(tiny_config, tokenizer, tmp_path, python_environment):
-    """With equal steps as one process does; by the clock, which they share, both to the same step, rate and weights."""
+    """With equal steps as one process does, stopped and resumed too; by the clock, which they share, both alike."""
     tiny_config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "parallel.py").write_text(PARALLEL)
@@ -1236,9 +1480,15 @@ def test_two_processes_train_as_one(tiny_config, tokenizer, tmp_path, python_env
     assert result.returncode == 0, result.stderr[-3000:]
     one = make_trainer(tiny_config, tokenizer, tmp_path / "one", max_steps=6, dataset=Rows(50), **PARALLEL_SETTINGS)
     one.train()
-    two = load_file(tmp_path / "steps" / "model.safetensors")
-    for name, tensor in two.items():
-        assert (one.model.state_dict()[name] - tensor).abs().max() < 1e-5, name
-    for kind in ("steps", "clock"):
+    for kind in ("steps", "parts"):
+        two = load_file(tmp_path / kind / "model.safetensors")
+        for name, tensor in two.items():
+            assert (one.model.state_dict()[name] - tensor).abs().max() < 1e-5, (kind, name)
+        counts = json.loads((tmp_path / f"{kind}.rank0").read_text())
+        assert (counts["step"], counts["rows"], counts["tokens"]) == (
+            6, one.run_state.rows_seen, one.run_state.tokens_seen
+        )  # fmt: skip
+        assert counts["flops"] == pytest.approx(one.run_state.training_flops)
+    for kind in ("steps", "parts", "clock"):
         assert (tmp_path / f"{kind}.rank0").read_text() == (tmp_path / f"{kind}.rank1").read_text()
     assert RunState.load(last_checkpoint(tmp_path / "clock")).elapsed_seconds >= 2.0

@@ -49,14 +49,24 @@ def load_hub_dataset(
     text_column: str,
     streaming: bool,
     data_dir: str | None = None,
+    cache_dir: str | None = None,
 ) -> Any:
-    """A Hub data set, or a folder laid out like one. Raises [`DataError`] where it cannot be had."""
+    """
+    A Hub data set, or a folder laid out like one, in `cache_dir` if not where `datasets` keeps it. Raises [`DataError`]
+    where it cannot be had.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
         dataset = load_dataset(
-            place_of(name), config, data_dir=data_dir, split=split, revision=revision, streaming=streaming
+            place_of(name),
+            config,
+            data_dir=data_dir,
+            split=split,
+            revision=revision,
+            streaming=streaming,
+            cache_dir=cache_dir,
         )
     except reading_errors() as error:
         wrapped = error.__cause__ if isinstance(error, DatasetGenerationError) else None
@@ -68,6 +78,16 @@ def load_hub_dataset(
     if columns is not None and text_column not in columns:
         raise missing_column(f"data set {name!r}", text_column, columns)
     return dataset
+
+
+def cache_of_folder(fingerprint: str) -> str:
+    """
+    Where `datasets` keeps its copy of a folder with this [`fingerprint_folder`]. Its own place goes by the folder's last
+    name and its card alone, and would hand out what another folder held, or this one earlier.
+    """
+    from datasets import config
+
+    return os.path.join(config.HF_DATASETS_CACHE, "hf_cram-folders", fingerprint)
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -86,11 +106,9 @@ def fingerprint_folder(folder: Path) -> str:
 
 
 def fingerprint_hub_dataset(dataset: Any, name: str, revision: str | None) -> str:
-    """Identity of a loaded data set: its fingerprint, or where it streams the files' hash or the commit's."""
+    """Identity of a loaded data set of the Hub: its fingerprint, or where it streams the commit's hash."""
     from datasets import IterableDataset
 
-    if Path(name).is_dir():  # the library's own fingerprint follows the files' times
-        return fingerprint_folder(Path(name))
     if not isinstance(dataset, IterableDataset):
         return dataset._fingerprint
     from huggingface_hub import HfApi

@@ -33,6 +33,7 @@ class PackedRows(Dataset):
         self.dtype = dtype
         self.max_seq_length = max_seq_length
         self.epoch = 0
+        self.max_train_tokens: int | None = None  # for which the text was read, where somebody says so
         self._open()
 
     def _open(self) -> None:

@@ -49,6 +49,12 @@ class DataArguments(SourceArguments, DeduplicationArguments, FilterArguments, Pa
         FilterArguments.__post_init__(self)
         PackingArguments.__post_init__(self)
         OrderingArguments.__post_init__(self)
+        is_deduplicated = (self.near_dedup_similarity, self.dedup_substring_bytes) != (None, None)
+        for name, source in self.named_sources().items():
+            if is_deduplicated and source.max_passes > 1:
+                raise DataError(
+                    f"source {name!r}: deduplication would remove what max_passes repeats: leave one of them out"
+                )
         if self.preprocessing_workers is not None and self.preprocessing_workers < 1:
             raise DataError(f"preprocessing_workers must be at least 1, got {self.preprocessing_workers}")
 
@@ -57,7 +63,7 @@ class DataArguments(SourceArguments, DeduplicationArguments, FilterArguments, Pa
 class PreparedCorpus:
     """
     Rows and tokenizer, ready for training; `statistics` counts documents, characters, tokens, rows, what was left out
-    by reason, each source, and what each step cost.
+    by reason, each source, and what each step cost. `settings` are those that a published corpus was made with.
     """
 
     directory: Path
@@ -66,11 +72,14 @@ class PreparedCorpus:
     tokenizer: PreTrainedTokenizerBase
     statistics: dict[str, Any]
     from_cache: bool
+    settings: dict[str, Any] | None = None
 
     @property
     def table(self) -> str:
-        """What each step read, kept and cost, for a person."""
-        return format_table(StepRecord(**record) for record in self.statistics["steps"])
+        """What each step read, kept and cost, and what was left out, for a person."""
+        dropped = ", ".join(f"{reason} ({count:,})" for reason, count in self.statistics["dropped"].items())
+        steps = format_table(StepRecord(**record) for record in self.statistics["steps"])
+        return f"{steps}\ndropped: {dropped or 'nothing'}"
 
 
 def prepare_corpus(arguments: DataArguments) -> PreparedCorpus:
@@ -108,7 +117,9 @@ def open_published(published: PublishedCorpus, arguments: DataArguments, place: 
     published.check_arguments(arguments)
     entry = place.cache / "corpora" / hash_of(FORMAT_VERSION, "published", published.identity, published.config_name)
     directory, from_cache = cached_entry(entry, published.write, place.overwrite)
-    return open_corpus(directory, published.max_seq_length, from_cache)
+    corpus = open_corpus(directory, published.max_seq_length, from_cache)
+    corpus.settings = published.description.get("settings", {})
+    return corpus
 
 
 def open_cache(arguments: DataArguments) -> Path:

@@ -76,7 +76,7 @@ def publish_if_asked(corpus: "PreparedCorpus", arguments: PublishArguments, data
 
     A folder that holds this corpus already is left as it is. Raises [`DataError`].
     """
-    settings = row_settings(data_arguments)
+    settings = row_settings(data_arguments) if corpus.settings is None else corpus.settings
     language, license_name = arguments.corpus_language, arguments.corpus_license
     if arguments.export_corpus_to is not None:
         folder = _export_folder(arguments.export_corpus_to)

@@ -35,9 +35,8 @@ NO_SETTING_OF_ROWS = frozenset(
     {"cache_dir", "overwrite_cache", "preprocessing_workers", "dedup_memory_mb", "streaming", "sample_dropped"}
 )
 FROM_THE_CORPUS = frozenset(
-    {"dataset_name", "dataset_config_name", "dataset_revision", "max_train_tokens", "max_seq_length", "vocab_size",
-     "tokenizer_name"}
-)  # fmt: skip
+    {"dataset_name", "dataset_config_name", "dataset_revision", "max_seq_length", "vocab_size", "tokenizer_name"}
+)
 LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,:'\"]+/)+")
 LONGEST_PATH = 200
 

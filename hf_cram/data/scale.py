@@ -82,6 +82,9 @@ def main(data: DataArguments, scale: ScaleArguments, publish: PublishArguments) 
         address = publish_if_asked(corpus, publish, data)
         if address is not None:
             print(f"published at {address}")
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: stopped; what was finished is kept", file=sys.stderr)
+        return 130
     except (MemoryError, OSError, ValueError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split()) or 'memory ran out'}", file=sys.stderr)
         return 1

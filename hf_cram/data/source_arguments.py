@@ -54,7 +54,7 @@ class SourceSettings:
         self.dataset_config_name = language_code(self.dataset_config_name)
         if self.dataset_name is not None and self.train_files:
             raise DataError(
-                "dataset_name and train_files are both set: name one source of text (--dataset_name none leaves a "
+                "dataset_name and train_files are both set: name one source of text (--dataset_name none or --train_files none leaves a "
                 "recipe's out), or a mix with sources"
             )
         if self.text_file_documents not in ("line", "blank_line"):
@@ -100,8 +100,10 @@ class SourceArguments(SourceSettings):
     )
 
     def __post_init__(self) -> None:
+        if [name.lower() for name in self.train_files or ()] == ["none"]:  # on the command line
+            self.train_files = None
         super().__post_init__()
-        if isinstance(self.sources, str) and self.sources.lower() == "none":  # on the command line
+        if isinstance(self.sources, str) and self.sources.lower() == "none":
             self.sources = None
         if isinstance(self.sources, str):
             try:

@@ -15,7 +15,15 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from .cache import cached_entry, hash_of
 from .errors import DataError, SkipReport, TextChangedError
-from .hub_datasets import count_rows, fingerprint_hub_dataset, list_folder, load_hub_dataset, read_hub_dataset
+from .hub_datasets import (
+    cache_of_folder,
+    count_rows,
+    fingerprint_folder,
+    fingerprint_hub_dataset,
+    list_folder,
+    load_hub_dataset,
+    read_hub_dataset,
+)
 from .input_files import expand_files, fingerprint_files, size_of_files
 from .installed_docs import fingerprint_installed, read_installed_docs
 from .mixing import MixedStream, mix_streams
@@ -52,10 +60,11 @@ class _OpenSource:
         self.identity = hash_of(content, choices)
 
     def _load(self, name: str) -> str:
-        s = self.settings
+        s, content = self.settings, None
         if os.path.isdir(name):  # of any length
             self._folder = Path(name).absolute()
             self._stamps = stamps_of(list_folder(self._folder))
+            content = fingerprint_folder(self._folder)
         self._dataset = load_hub_dataset(
             name,
             s.dataset_config_name,
@@ -64,8 +73,9 @@ class _OpenSource:
             s.text_column,
             s.streaming,
             s.dataset_data_dir,
+            None if content is None else cache_of_folder(content),
         )
-        return fingerprint_hub_dataset(self._dataset, name, s.dataset_revision)
+        return content or fingerprint_hub_dataset(self._dataset, name, s.dataset_revision)
 
     def documents(self, report: SkipReport) -> Iterator[str]:
         """The documents of all passes, in a stable order; only the first pass counts what it skips."""

@@ -46,7 +46,12 @@ class PackingArguments:
         default=1_000_000_000, metadata={"help": "Characters of text that a tokenizer is trained on, at most."}
     )
     max_seq_length: int = field(default=128, metadata={"help": "Tokens of a row."})
-    eval_rows: int = field(default=1024, metadata={"help": "Held-out rows, at most 5 %% of the text."})
+    eval_rows: int = field(
+        default=1024,
+        metadata={
+            "help": "Held-out rows, at most 5 %% of the text or, where no document is so short, one document's."
+        },
+    )
     max_train_tokens: int | None = field(
         default=None,
         metadata={

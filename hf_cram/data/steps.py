@@ -81,18 +81,24 @@ class StepBar:
 
     def __call__(self, count: int) -> None:
         """So much more is done; where the total is estimated, the estimate is asked again."""
+        self._estimate()
+        self.bar.update(count)
+
+    def _estimate(self) -> None:
         now = time.monotonic()
         if self.estimate_total is not None and now > self._last_estimate + SECONDS_BETWEEN_SAMPLES:
             self.bar.total, self._last_estimate = self.estimate_total(), now
-        self.bar.update(count)
 
     def show_part(self, part: str, count: int, total: int | None) -> None:
-        """So much more of one part of the step is done: the bar begins anew with every part."""
+        """So much more of one part of the step is done: the bar begins anew with every part, the estimated ones first."""
         if part != self.part:
             self.part = part
             self.bar.set_description(f"{self.name}: {part}", refresh=False)
             self.bar.reset()
-        self.bar.total = total
+        if total is None:
+            self._estimate()
+        else:
+            self.bar.total = total
         self.bar.update(count)
 
 

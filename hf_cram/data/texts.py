@@ -131,7 +131,7 @@ class WithoutNearDuplicates:
                 sizes.append(len(document))
                 yield document
 
-        with measured_step(record, "B") as bar:
+        with measured_step(record, "B", estimate_total=lambda: self.text.estimated_characters) as bar:
             repeated = find_near_duplicates(documents(), self.similarity, folder, bar.show_part)
         self.text.check_unchanged()
         characters = np.array(sizes, np.int64)
@@ -188,7 +188,7 @@ class WithoutRepeatedSubstrings:
     def _write(self, folder: Path) -> None:
         record, report = StepRecord("repeated substrings"), SubstringReport()
         earlier_steps, documents = self.text.steps, self.text.documents()
-        with measured_step(record, "B") as bar:
+        with measured_step(record, "B", estimate_total=lambda: self.text.estimated_characters) as bar:
             rest = remove_repeated_substrings(documents, self.min_bytes, folder, report, self.memory_mb, bar.show_part)
             write_documents((document for _, document in rest), folder)
         self.text.check_unchanged()

@@ -116,7 +116,9 @@ def read_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # what tokenizers raises for a damaged file is of no narrower class
         cause = first_line(error)
-        if not isinstance(error, OSError | ValueError):
+        if isinstance(error, ImportError):
+            cause = " ".join(str(error).split())  # which package, and how to install it
+        elif not isinstance(error, OSError | ValueError):
             cause = f"its files are damaged ({type(error).__name__}: {cause})"
         elif cause.startswith("Couldn't instantiate the backend tokenizer"):  # the head of a list of what was tried
             cause = "it has neither a tokenizer.json nor another vocabulary"

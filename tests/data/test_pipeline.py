@@ -438,7 +438,8 @@ def test_what_went_in_and_out_is_counted(tmp_path, text, monkeypatch):
     assert steps["pack"]["tokens_out"] == corpus.train_dataset.num_tokens + corpus.eval_dataset.num_tokens
     assert all(step["seconds"] > 0 and step["peak_memory_bytes"] > 10**7 for step in steps.values())
     table = corpus.table.splitlines()
-    assert len(table) == 4
+    assert len(table) == 5
+    assert table[-1] == "dropped: no token of the vocabulary (1), too few characters (1)"
     assert table[2].split()[3:5] == ["302", "300"]
 
 

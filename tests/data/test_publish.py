@@ -1,5 +1,6 @@
 """A prepared corpus as a folder and on a Hub on the loopback interface, and training rows out of both."""
 
+import errno
 import hashlib
 import json
 import math
@@ -350,6 +351,11 @@ def test_a_folder_takes_the_same_files_and_training_reads_them(corpus, folder, a
     trained_from = prepare_corpus(DataArguments(dataset_name=str(target), cache_dir=str(tmp_path / "cache")))
     assert_same(trained_from, corpus)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "empty", "new"]
+    handed_on = tmp_path / "handed on"  # what the rows were made with goes with them
+    publish_if_asked(trained_from, PublishArguments(export_corpus_to=str(handed_on)), DataArguments(dataset_name="x"))
+    told, first = (json.loads((place / "corpus.json").read_text()) for place in (handed_on, folder))
+    assert told["settings"] == first["settings"]
+    shutil.rmtree(handed_on)
     before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
     again = PublishArguments(export_corpus_to=str(target))  # a run that goes on has exported already
     assert publish_if_asked(corpus, again, arguments) is None
@@ -449,7 +455,7 @@ def test_without_a_hub_it_says_so(call, corpus):
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
         error = call("push", corpus.directory, LENGTH, "me/nowhere", endpoint=endpoint)
-    assert "the Hub cannot be reached ([Errno 111] Connection refused)" in error
+    assert f"the Hub cannot be reached ([Errno {errno.ECONNREFUSED}] Connection refused)" in error
 
 
 def test_text_is_no_corpus(call, server, tmp_path):
@@ -578,6 +584,7 @@ def test_settings_that_ask_for_other_rows_are_one_line(folder, arguments, corpus
         ("row_order", "random", "row_order 'random' .there sentence_length."),
         ("drop_below_characters", 50, "drop_below_characters 50 .there 12."),
         ("max_documents", 5, "max_documents 5 .there not set."),
+        ("max_train_tokens", 10_000, "max_train_tokens 10000 .there not set."),
     ):
         with pytest.raises(DataError, match=message) as caught:
             published.check_arguments(DataArguments(**{**same, name: value}))

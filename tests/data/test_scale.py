@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,23 @@ def test_estimate_halves_with_twice_the_machines():
     # Rows of 2 bytes a token, read four times and written twice at 500 MB/s.
     assert one.order_hours == two.order_hours == pytest.approx(6 * 2 * 800e9 / 4.5 / 500e6 / 3600)
     assert parse_size("5.4 TB") == 5.4e12
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # it is imported here already
+@pytest.mark.parametrize(
+    ("options", "status", "told"),
+    [
+        (["--help"], 0, "usage: python -m hf_cram.data.scale"),
+        (["--estimate", "800GB", "--nodes", "4"], 0, "hours"),
+        (["--estimate", "800GB", "--text_for_budget", "true"], 2, "text_for_budget stops reading .*: leave it out"),
+    ],
+)
+def test_the_command(monkeypatch, capsys, options, status, told):
+    monkeypatch.setattr(sys, "argv", ["hf_cram.data.scale", *options])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("hf_cram.data.scale", run_name="__main__")
+    assert caught.value.code == status
+    assert re.search(told, "".join(capsys.readouterr()))
 
 
 def test_estimate_is_printed(capsys):
@@ -398,7 +416,8 @@ def test_a_killed_program_goes_on_with_what_is_not_finished(
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(children, timeout=5)[1]
+    _, left = psutil.wait_procs(children, timeout=5)
+    assert {child.status() for child in left} <= {psutil.STATUS_ZOMBIE}  # where nobody is there to bury them
     finished = {rank: os.stat(plan.task_tokens(rank)).st_ino for rank in (0, 1)}
     assert not (tmp_path / "many" / "corpora").exists()
     done = subprocess.run(command, env=python_environment, cwd=repository, capture_output=True, text=True)

@@ -308,6 +308,18 @@ def test_a_folder_laid_out_like_a_hub_data_set(tmp_path, streaming, monkeypatch)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_other_text_in_a_folder_of_that_name_is_read_anew(tmp_path, streaming):
+    """The card and the folder's name are the same: `datasets` keeps its copy by these."""
+    for place, texts in (("first", ["One."]), ("second", ["Two."]), ("second", ["Two.", "Three."])):
+        folder = tmp_path / place / "corpus"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": texts}), folder / "data" / f"train-{len(texts)}.parquet")
+        (folder / "README.md").write_text(readme({"default": "data/train-*"}))
+        source = TextSource(SourceArguments(dataset_name=str(folder), streaming=streaming), tmp_path)
+        assert set(source.documents()) == set(texts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_inside_a_data_set(tmp_path, streaming):
     folder = tmp_path / "corpus"
     for name, texts in (("english", DOCUMENTS), ("german", ["Anders."])):
