@@ -1,5 +1,6 @@
 """The memory of a training step, calculated without taking any."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -221,3 +222,18 @@ def test_measured_memory_is_within_15_percent_of_the_calculation(python_environm
     command = [sys.executable, str(REPOSITORY / "benchmarks/memory.py"), "--cases", "small-64-accumulating"]
     result = subprocess.run(command, capture_output=True, text=True, env=python_environment, check=True)
     assert result.stdout.rstrip().splitlines()[-1].split()[4] == "PASS", result.stdout
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((REPOSITORY / "training_args").glob("*24h*.yaml")), ids=lambda path: path.stem
+)
+def test_a_days_recipe_tells_what_fits_which_card_as_calculated(recipe, monkeypatch, capsys):
+    said = " ".join(re.sub(r"^# ?", "", line) for line in recipe.read_text().splitlines() if line.startswith("#"))
+    size, *rows = re.search(
+        r"takes ([\d.]+) GB; the largest that fit 11, 16, 48 and 80 GB are (\d+), (\d+), (\d+) and (\d+) rows", said
+    ).groups()
+    monkeypatch.setattr(sys, "argv", ["memory", str(recipe)])
+    memory.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"^micro-batch \d+: ([\d.]+) GB", printed, re.MULTILINE)[1] == size
+    assert re.findall(r"largest micro-batch (\d+)", printed) == rows
