@@ -87,7 +87,7 @@ def main() -> int:
         data_args.max_train_tokens = limit_of_the_resumed(training_args)
     limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
     with training_args.main_process_first(desc="preparing the text"):
-        corpus = prepare_corpus(data_args)
+        corpus = prepare_corpus(data_args, parser.given)
     corpus.train_dataset.max_train_tokens = data_args.max_train_tokens
     preprocessing_seconds = time.monotonic() - started
     check_same_rows(corpus)

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if prepare_args.dry_run:
             print(predict(data_args, prepare_args.dry_run_documents))
             return 0
-        corpus = prepare_corpus(data_args)
+        corpus = prepare_corpus(data_args, parser.given)
         print(describe(corpus))
         print(f"in {corpus.directory}{' (was there before)' if corpus.from_cache else ''}")
         address = publish_if_asked(corpus, publish_args, data_args)

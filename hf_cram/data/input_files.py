@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from .errors import DataError, shortened, system_cause
 from .steps import progress_bar
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
@@ -46,15 +49,24 @@ def expand_files(patterns: Iterable[str]) -> list[Path]:
     for file in files.values():
         if format_suffix(file) not in TEXT_SUFFIXES:
             raise DataError(f"{file}: unknown format, name one of {', '.join(TEXT_SUFFIXES)} (also .gz, .zst)")
+        if format_suffix(file) == ".parquet" and compression_suffix(file):
+            raise DataError(f"{file}: parquet is compressed within: unpack the file")
     return list(files.values())
 
 
 def _expand(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(p for p in files_below(path) if format_suffix(p) in TEXT_SUFFIXES)
+        files = sorted(files_below(path))
+        found = [file for file in files if format_suffix(file) in TEXT_SUFFIXES]
         if not found:
             raise DataError(f"{path}: the folder holds no text file ({', '.join(TEXT_SUFFIXES)}, also .gz, .zst)")
+        if len(found) < len(files):
+            others = sorted({file.suffix or file.name for file in files} - {file.suffix for file in found})
+            logger.warning(
+                "%s: %d files of no known format are passed over (%s)",
+                path, len(files) - len(found), shortened(", ".join(others)),
+            )  # fmt: skip
     elif path.is_file():
         found = [path]
     else:

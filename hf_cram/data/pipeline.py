@@ -8,7 +8,7 @@ prepares the text of a recipe and prints what each step read, kept and cost; tra
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,19 +82,20 @@ class PreparedCorpus:
         return f"{steps}\ndropped: {dropped or 'nothing'}"
 
 
-def prepare_corpus(arguments: DataArguments) -> PreparedCorpus:
+def prepare_corpus(arguments: DataArguments, given: Collection[str] = ()) -> PreparedCorpus:
     """
     Read, deduplicate, filter, tokenize, pack and order the text, or find it in the cache.
 
     The cache knows the result of each step by the content of the text and by every setting that changes it. An entry
     appears when it is complete and is checked when it is read: nothing half-written is used. An interrupted run goes
     on behind the last step, or shard of tokens, that it has finished. A data set that holds a published corpus gives its
-    rows as they are. Raises [`DataError`].
+    rows as they are: what is `given` counts though it is a default, if it says how rows are read. Raises
+    [`DataError`].
     """
     place = Place(open_cache(arguments), arguments.overwrite_cache, arguments.preprocessing_workers)
     published = published_corpus(arguments)
     if published is not None:
-        return open_published(published, arguments, place)
+        return open_published(published, arguments, place, given)
     source = SourceText(TextSource(arguments, place.cache, arguments.overwrite_cache))
     text = deduplicate(source, arguments, place, arguments.token_limit)
     tokens = TokensStage(TokenizerStage(text, arguments, place), arguments, arguments)
@@ -112,9 +113,11 @@ def published_corpus(arguments: DataArguments) -> PublishedCorpus | None:
     )
 
 
-def open_published(published: PublishedCorpus, arguments: DataArguments, place: Place) -> PreparedCorpus:
+def open_published(
+    published: PublishedCorpus, arguments: DataArguments, place: Place, given: Collection[str] = ()
+) -> PreparedCorpus:
     """The rows of a published corpus, through the cache. Raises [`DataError`] where the arguments ask for others."""
-    published.check_arguments(arguments)
+    published.check_arguments(arguments, given)
     entry = place.cache / "corpora" / hash_of(FORMAT_VERSION, "published", published.identity, published.config_name)
     directory, from_cache = cached_entry(entry, published.write, place.overwrite)
     corpus = open_corpus(directory, published.max_seq_length, from_cache)

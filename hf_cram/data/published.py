@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,19 @@ NO_SETTING_OF_ROWS = frozenset(
 FROM_THE_CORPUS = frozenset(
     {"dataset_name", "dataset_config_name", "dataset_revision", "max_seq_length", "vocab_size", "tokenizer_name"}
 )
+READING = frozenset({"max_seq_length", "row_order"})
 LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,:'\"]+/)+")
 LONGEST_PATH = 200
 
 
-def row_settings(arguments: Any) -> dict[str, Any]:
-    """What of the data's arguments differs from the defaults and decides the rows, without folders of this machine."""
-    given = {spec.name: getattr(arguments, spec.name) for spec in fields(arguments)}
-    changed = {spec.name for spec in fields(arguments) if given[spec.name] != spec.default} - NO_SETTING_OF_ROWS
-    return without_folders({name: value for name, value in given.items() if name in changed})
+def row_settings(arguments: Any, given: Collection[str] = ()) -> dict[str, Any]:
+    """
+    What of the data's arguments differs from the defaults, or is `given`, and decides the rows, without folders of this
+    machine.
+    """
+    values = {spec.name: getattr(arguments, spec.name) for spec in fields(arguments)}
+    changed = {spec.name for spec in fields(arguments) if spec.name in given or values[spec.name] != spec.default}
+    return without_folders({name: values[name] for name in values if name in changed - NO_SETTING_OF_ROWS})
 
 
 def without_folders(value: Any) -> Any:
@@ -157,15 +161,16 @@ class PublishedCorpus:
         """The fault as an error that names the data set."""
         return DataError(f"data set {self.name!r}: {fault}")
 
-    def check_arguments(self, arguments: Any) -> None:
+    def check_arguments(self, arguments: Any, given: Collection[str] = ()) -> None:
         """
         Raises [`DataError`] for data arguments that ask for other rows than these.
 
-        Rows, row length and tokenizer are the corpus's; what an argument leaves at its default asks for nothing.
+        Rows, row length and tokenizer are the corpus's; what an argument leaves at its default asks for nothing, unless
+        it is `given` and says how rows are read: their length and order.
         """
         made_with = self.description.get("settings", {})
-        changed = row_settings(arguments)
-        known = {**made_with, "max_seq_length": self.max_seq_length}
+        changed = row_settings(arguments, READING & set(given))
+        known = {"row_order": "none", **made_with, "max_seq_length": self.max_seq_length}
         wrong = {
             name: value for name, value in changed.items()
             if name not in FROM_THE_CORPUS - {"max_seq_length"} and known.get(name) != value

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -589,6 +590,14 @@ def test_settings_that_ask_for_other_rows_are_one_line(folder, arguments, corpus
         with pytest.raises(DataError, match=message) as caught:
             published.check_arguments(DataArguments(**{**same, name: value}))
         assert "\n" not in str(caught.value)
+    defaults = DataArguments(dataset_name=str(folder))
+    published.check_arguments(defaults, ["vocab_size", "eval_rows"])
+    for name, message in (
+        ("max_seq_length", "max_seq_length 128 .there 16."),
+        ("row_order", "row_order 'none' .there "),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare_corpus(replace(defaults, cache_dir=str(tmp_path / "cache")), [name])
     other = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
     other["normalizer"] = None
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(other))

@@ -258,6 +258,19 @@ def test_the_same_bytes_read_otherwise_are_another_text(tmp_path):
     assert fingerprint_files([plain]) != fingerprint_files([compressed])
 
 
+def test_what_a_folder_holds_besides_is_said(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("A text.\n")
+    assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt"]
+    assert not caplog.messages
+    for name in ("b.jsonl.bz2", "c.txt.bz2", "d.pdf", "NOTES"):
+        (tmp_path / name).touch()
+    assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt"]
+    assert caplog.messages == [f"{tmp_path}: 4 files of no known format are passed over (.bz2, .pdf, NOTES)"]
+    (tmp_path / "e.parquet.gz").touch()
+    with pytest.raises(DataError, match=r"e.parquet.gz: parquet is compressed within: unpack the file"):
+        expand_files([str(tmp_path)])
+
+
 def test_folders_are_followed_through_links_and_not_in_circles(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text("by a link")
