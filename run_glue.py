@@ -36,9 +36,7 @@ def main() -> None:
     encoder, glue, training_args, card = parser.parse(sys.argv[1:])
     of_card = [spec.name for spec in fields(CardArguments) if spec.name in parser.given]
     if of_card and not glue.uses_own_data:
-        parser.error(
-            f"{of_card[0]} is for the card of a model of your own data: GLUE's goes with its own; leave it out"
-        )
+        parser.error(f"{of_card[0]} is for the card of a model of your own data: leave it out")
     check_device(training_args)
     is_main = training_args.process_index == 0
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -47,7 +45,8 @@ def main() -> None:
     if training_args.device.type == "cpu":
         use_all_cores(os.environ)
 
-    run = GlueRun(encoder, glue, training_args, card)
+    told = {name.removeprefix("model_") for name in of_card}
+    run = GlueRun(encoder, glue, training_args, {name: value for name, value in card.metadata.items() if name in told})
     shared_folder = run.shared_folder
     if training_args.push_to_hub and shared_folder is None:
         raise GlueError(

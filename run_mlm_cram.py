@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
-from hf_cram.checkpointing import CheckpointError, RunState, last_checkpoint
+from hf_cram.checkpointing import CheckpointError, RunState, clear_staging, last_checkpoint
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
@@ -37,7 +37,7 @@ from hf_cram.hardware import is_out_of_memory
 from hf_cram.hardware_choices import check_device
 from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
-from hf_cram.output_folder import set_aside
+from hf_cram.output_folder import lock_run, set_aside
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, TextBudgetArguments
 from hf_cram.text_budget import is_limit_wanted, limit_text_to_budget
@@ -84,7 +84,8 @@ def main() -> int:
     if not is_main:
         data_args.overwrite_cache = False  # rank 0 has done so when the others look
     if is_limit_wanted(data_args, text_args):
-        data_args.max_train_tokens = limit_of_the_resumed(training_args)
+        limit = [limit_of_the_resumed(training_args) if is_main else None]
+        data_args.max_train_tokens = broadcast_object_list(limit)[0]
     limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
     with training_args.main_process_first(desc="preparing the text"):
         corpus = prepare_corpus(data_args, parser.given)
@@ -157,8 +158,11 @@ def limit_of_the_resumed(training_args: CramTrainingArguments) -> int | None:
     The tokens that the run to resume has read its text for: with another budget, or at another speed, it goes on with the
     same rows. Raises [`CheckpointError`] for a folder that is no checkpoint.
     """
-    resumed = training_args.resume_from_checkpoint
-    checkpoint = last_checkpoint(Path(str(training_args.output_dir))) if resumed is True else resumed
+    output_dir, resumed = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
+    if resumed and output_dir.is_dir():
+        with lock_run(output_dir):
+            clear_staging(output_dir)  # which puts back what a kill has left half replaced
+    checkpoint = last_checkpoint(output_dir) if resumed is True else resumed
     return RunState.load(Path(checkpoint)).max_train_tokens if checkpoint else None
 
 
@@ -264,7 +268,7 @@ def shareable(given: dict[str, Any]) -> dict[str, Any]:
     decisive = {*TRAINER_FIELDS, *CramTrainingArguments.__annotations__}
     parts = (ModelArguments, DataArguments, TextBudgetArguments, MaskingArguments)
     decisive |= {spec.name for part in parts for spec in fields(part)}
-    local = {"train_files", "tokenizer_name", "cache_dir", "overwrite_cache", "preprocessing_workers"}
+    local = {"train_files", "cache_dir", "overwrite_cache", "preprocessing_workers"}
     plain = {
         name: value.value if isinstance(value, Enum) else value
         for name, value in given.items()
@@ -275,8 +279,8 @@ def shareable(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_local(name: str, value: Any) -> bool:
-    """Whether a field of the recipe names text on this machine: a data set, or one of the sources of a mix."""
-    if name == "dataset_name":
+    """Whether a field of the recipe names what is on this machine: a tokenizer, a data set, or a source of a mix."""
+    if name in ("dataset_name", "tokenizer_name"):
         return os.path.exists(str(value))
     if name != "sources" or str(value).lower() == "none":
         return False
@@ -322,8 +326,7 @@ def write_card(
         num_parameters=results["num_parameters"],
         sequence_length=trainer.train_dataset.max_seq_length,
         dataset_names=data_args.hub_names,
-        language=card_args.language_code,
-        license_name=card_args.license_name,
+        metadata=card_args.metadata,
     )
     save_model_card(card, trainer.output_dir)
 

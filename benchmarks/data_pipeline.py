@@ -56,7 +56,8 @@ def build_text(source: Path, gigabytes: float, cache: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder = cache / f"{source.stem}-{gigabytes:g}GB"
+    stamp = source.stat()
+    folder = cache / f"{source.stem}-{stamp.st_size}-{stamp.st_mtime_ns}-{gigabytes:g}GB"
     if folder.is_dir():
         return folder
     staged = Path(tempfile.mkdtemp(dir=cache))

@@ -6,9 +6,10 @@ Recipes against each other at one budget: time to the same held-out loss, and lo
 Every run is a process of its own; the arms take turns, on the same rows, tokenizer and held-out masks (15 %). An arm
 is an entry of benchmarks/speedrun_arms.yaml, or a recipe file. The clock stands still while torch compiles and while
 the held-out loss is measured (on a GPU, kernels that Triton tunes at their first call count); `--count_compile` counts
-compiling, from an empty cache. `--sweep` tries a grid on each arm, say 'learning_rate=1e-3,2e-3 train_batch_rows=64,128'. `--probe GLUE_FOLDER` asks of every model, and of each arm's network
-from scratch, what it is worth downstream (benchmarks/transfer_probe.py), behind the clock. Results: D/results.json,
-curves: D/curves.png.
+compiling, from an empty cache. `--sweep` tries a grid on each arm, say
+--sweep learning_rate=1e-3,2e-3 per_device_train_batch_size=16,32. `--probe GLUE_FOLDER` asks of every model, and of each arm's
+network from scratch, what it is worth downstream (benchmarks/transfer_probe.py), behind the clock. Results: D/results.json,
+curves: D/curves.png; those of an earlier comparison in D are kept under numbered names.
 """
 
 import argparse
@@ -239,7 +240,14 @@ def read_arm(name: str) -> dict:
     if Path(name).suffix == ".yaml":
         if not Path(name).is_file():
             raise SystemExit(f"benchmarks/speedrun.py: error: no recipe {name}")
-        return yaml.safe_load(Path(name).read_text())
+        try:
+            fields = yaml.safe_load(Path(name).read_text())
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            cause = " ".join(str(error).split())
+            raise SystemExit(f"benchmarks/speedrun.py: error: {name} is not valid YAML: {cause}") from error
+        if not isinstance(fields, dict):
+            raise SystemExit(f"benchmarks/speedrun.py: error: {name} holds no fields of a recipe")
+        return fields
     if name not in arms:
         raise SystemExit(f"benchmarks/speedrun.py: error: no arm {name!r}: choose from {', '.join(arms)}, or a recipe")
     arm = dict(arms[name])
@@ -256,6 +264,10 @@ def parse_overrides(words: list[str]) -> list[dict]:
         name, _, values = word.partition("=")
         if not values:
             raise SystemExit(f"benchmarks/speedrun.py: error: {word!r} is not name=value[,value]")
+        if "{" not in values and (" " in values or "=" in values):
+            raise SystemExit(
+                f"benchmarks/speedrun.py: error: {word!r} holds several fields: give each as a word, unquoted"
+            )
         choices.append([(name, yaml.safe_load(value)) for value in SPLIT_VALUES.split(values)])
     return [dict(point) for point in itertools.product(*choices)]
 
@@ -303,9 +315,19 @@ def check_arms(jobs: dict[str, dict], tokenizer) -> None:
     """A mistake in an arm is to show before the first run. Raises `ValueError` or `SystemExit`."""
     import torch
 
-    for job in jobs.values():
+    from hf_cram.data.collator import DataCollatorForFixedCountMasking
+    from hf_cram.training_args import CramTrainingArguments
+
+    for name, job in jobs.items():
         with torch.device("meta"):
-            build_model(job["arm"], tokenizer)
+            model = build_model(job["arm"], tokenizer)
+        positions = getattr(model.config, "max_position_embeddings", job["length"])
+        if positions < job["length"]:
+            raise ValueError(f"--length {job['length']}: {name} has {positions} positions (max_position_embeddings)")
+        DataCollatorForFixedCountMasking(tokenizer, **job["arm"]["masking"])
+        for field, value in job["arm"]["training"].items():
+            if isinstance(value, str) and isinstance(getattr(CramTrainingArguments, field, None), int | float):
+                raise ValueError(f"{name}: {field} must be a number, got {value!r}")
         training_arguments({**job, "seed": 0}, job["output_dir"])
 
 
@@ -398,6 +420,16 @@ def print_probe(title: str, scores: dict) -> None:
         for task, frozen in scores["frozen"].items()
     )
     print(f"{title}: {tasks}", flush=True)
+
+
+def set_earlier_aside(output_dir: Path) -> None:
+    """Number what an earlier comparison in the folder has found: `results-1.json`."""
+    for name in ("results.json", "runs.jsonl", "curves.png"):
+        path, number = output_dir / name, 1
+        if path.exists():
+            while (numbered := path.with_stem(f"{path.stem}-{number}")).exists():
+                number += 1
+            path.rename(numbered)
 
 
 def report(runs: dict[str, list[dict]], output_dir: Path, timed: bool = True) -> dict:
@@ -493,8 +525,13 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     """What would be lost, or mean nothing, after hours of running ends the program now."""
     if options.at_once > 1 and not options.max_steps:
         parser.error("--at_once: runs beside each other share a clock's machine; compare equal steps with --max_steps")
-
+    for name in ("seeds", "eval_rows", "at_once"):
+        if vars(options)[name] < 1:
+            parser.error(f"--{name} must be at least 1, got {vars(options)[name]}")
     if options.probe is not None:
+        from hf_cram.glue_run import parse_seeds
+
+        parse_seeds("--probe_seeds", options.probe_seeds)
         for task in ("sst2", "cola", "stsb"):
             if not (Path(options.probe) / task).is_dir():
                 parser.error(f"--probe: {options.probe} has no {task}: name a folder laid out like nyu-mll/glue")
@@ -518,7 +555,11 @@ def main() -> None:
     parser.add_argument("--count_compile", action="store_true", help="compiling counts, from an empty cache")
     parser.add_argument("--save_models", action="store_true", help="keep the trained models in the output folder")
     parser.add_argument("--probe", metavar="GLUE_FOLDER", help="score every model downstream too")
-    parser.add_argument("--probe_seeds", default="3", help="of the probe's fine-tuning, a number or a list")
+    parser.add_argument(
+        "--probe_seeds",
+        default="1",
+        help="of the probe's fine-tuning, a number or a list; one takes two minutes a model",
+    )
     parser.add_argument("--at_once", type=int, default=1, help="runs beside each other; with --max_steps only")
     parser.add_argument("--no_compile", action="store_true", help="for short runs of equal steps")
     parser.add_argument("--cache_dir", help="of the prepared text")
@@ -539,6 +580,7 @@ def main() -> None:
     )  # fmt: skip
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    set_earlier_aside(output_dir)
     arms = {}
     for arm, point in itertools.product(options.arms.split(","), parse_overrides(options.sweep)):
         name = " ".join([arm, *(f"{key}={value}" for key, value in point.items())])
@@ -557,8 +599,10 @@ def main() -> None:
     timed = options.at_once == 1
     report(runs, output_dir, timed)
     if options.probe is not None:
-        run_probes(runs, output_dir, options.first_seed, options.probe, options.probe_seeds)
-        report(runs, output_dir, timed)
+        try:
+            run_probes(runs, output_dir, options.first_seed, options.probe, options.probe_seeds)
+        finally:  # the scores that there are
+            report(runs, output_dir, timed)
 
 
 if __name__ == "__main__":
@@ -568,5 +612,8 @@ if __name__ == "__main__":
         sys.exit()
     try:
         main()
-    except ValueError as error:
-        sys.exit(f"benchmarks/speedrun.py: error: {error}")
+    except KeyboardInterrupt:
+        print("benchmarks/speedrun.py: stopped; finished runs are lines of runs.jsonl", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"benchmarks/speedrun.py: error: {' '.join(str(error).split())}")

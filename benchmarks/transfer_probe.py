@@ -65,10 +65,10 @@ def mean_states(model, tokenizer, examples: list[dict], batch_size: int = 64) ->
 
 
 def frozen_scores(model, tokenizer, encoded: EncodedTask, data: TaskData) -> float:
-    """The task's headline score, in per cent, of a linear model on frozen features."""
+    """The task's headline score, in per cent, of a linear model on frozen features (of the STS-B kind: ridge)."""
     from scipy.stats import pearsonr
     from sklearn.linear_model import LogisticRegression, RidgeCV
-    from sklearn.metrics import accuracy_score, matthews_corrcoef
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -85,17 +85,28 @@ def frozen_scores(model, tokenizer, encoded: EncodedTask, data: TaskData) -> flo
         estimator = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 11)))
         return 100 * pearsonr(estimator.fit(train_x, train_y).predict(valid_x), valid_y).statistic
     estimator = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-    score = matthews_corrcoef if data.task.headline.startswith("matthews") else accuracy_score
+    scores = {"matthews_correlation": matthews_corrcoef, "f1": f1_score, "accuracy": accuracy_score}
+    score = scores[data.task.headline]
     return 100 * float(score(valid_y, estimator.fit(train_x, train_y).predict(valid_x)))
 
 
 def probe(model_folder: str, glue_data: str, seeds: str, from_scratch: bool, tasks: str = TASKS) -> dict:
     """Scores by task: `{"frozen": {task: score}, "short": {task: [score of each seed]}, "seconds": ...}`."""
     started = time.monotonic()
-    is_ours = AutoConfig.from_pretrained(model_folder).model_type == "crammed_bert"
-    encoder = EncoderArguments(
-        model_name_or_path=model_folder, from_scratch=from_scratch, pooling="segments" if is_ours else None
+    config = AutoConfig.from_pretrained(model_folder)
+    # No row of pretraining begins with a token of its own: where the model has the choice, the mean is read.
+    pooling = (
+        "segments"
+        if config.model_type == "crammed_bert"
+        else "mean"
+        if hasattr(config, "classifier_pooling")
+        else None
     )
+    if pooling != "segments":
+        print(
+            f"{config.model_type} reads {pooling or 'its first token'}, not both texts apart: compare the frozen scores"
+        )
+    encoder = EncoderArguments(model_name_or_path=model_folder, from_scratch=from_scratch, pooling=pooling)
     with tempfile.TemporaryDirectory() as folder:
         glue = GlueArguments(tasks=tasks, glue_data=glue_data, max_train_samples=MOST_EXAMPLES)
         args = FineTuningArguments(output_dir=folder, report_to="none", **SHORT)

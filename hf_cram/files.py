@@ -1,10 +1,13 @@
 """Files that are whole or absent."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+WITHOUT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say whose folders cannot be flushed
 
 
 def flush_to_disk(folder: Path) -> None:
@@ -13,6 +16,9 @@ def flush_to_disk(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in WITHOUT_FLUSH or not path.is_dir():
+                raise
         finally:
             os.close(descriptor)
 

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,9 +45,8 @@ from .glue_outputs import (
     write_predictions,
     write_submission,
 )
-from .model_card import ModelCardError, build_fine_tuned_card, save_model_card, update_model_card
+from .model_card import ModelCardError, build_fine_tuned_card, card_metadata, save_model_card, update_model_card
 from .output_folder import first_free
-from .script_args import CardArguments
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +142,9 @@ class GlueRun:
         encoder: EncoderArguments,
         glue: GlueArguments,
         args: FineTuningArguments,
-        card: CardArguments | None = None,
+        card_metadata: Mapping[str, str | None] | None = None,
     ):
-        self.encoder, self.glue, self.card = encoder, glue, card or CardArguments()
+        self.encoder, self.glue, self.card_metadata = encoder, glue, dict(card_metadata or {})
         self.is_main = args.process_index == 0
         self.tokenizer = load_tokenizer(encoder)
         self.own_data = self._load_own_data() if glue.uses_own_data else None
@@ -346,13 +345,11 @@ class GlueRun:
             if kept_as is not None:
                 write_json_atomically(staging / KEPT_NAME, {"model_id": self.model_id, **kept_as})
                 check_replaceable(folder, self._is_of_this_model)  # a training later
-                if folder.exists() and read_object(folder / KEPT_NAME).get("data_id") != kept_as["data_id"]:
+                kept = read_object(folder / KEPT_NAME)
+                if kept and kept.get("data_id") != kept_as["data_id"]:
                     aside = first_free(folder)
                     folder.rename(aside)
-                    logger.warning(
-                        "The model in %s was fine-tuned on other data, and was moved to %s: --task_name tells them apart",
-                        folder, aside,
-                    )  # fmt: skip
+                    logger.warning("The model in %s is of other files, and was moved to %s", folder, aside)
                 elif folder.exists():
                     shutil.rmtree(folder)
                 staging.rename(folder)
@@ -458,7 +455,7 @@ class GlueRun:
             return
         told = results if self.glue.metric is None else None  # the unit of another metric is not known
         try:
-            if not update_model_card(folder, told) and self.own_data is not None:
+            if not update_model_card(folder, told, metadata=self.card_metadata) and self.own_data is not None:
                 save_model_card(self._build_card(told), folder)
             if folder.resolve() != self.output_dir.resolve():
                 for name in (RESULTS_NAME, *([] if told is None else [CHART_NAME])):
@@ -475,6 +472,5 @@ class GlueRun:
             "random weights" if self.encoder.from_scratch else self.model_name,
             results,
             base_model=name if is_of_hub else None,
-            language=self.card.language_code,
-            license_name=self.card.license_name,
+            metadata={**card_metadata(name), **self.card_metadata},
         )

@@ -1,7 +1,6 @@
 """What the arguments of a run leave open and its hardware decides: bf16, torch.compile, attention."""
 
 import logging
-import os
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -18,7 +17,7 @@ from .hardware import (
     largest_linear_shape,
     measure_matmul_flops,
 )
-from .training_args import CramTrainingArguments
+from .training_args import CramTrainingArguments, OpenPrecisionArguments
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ PEAK_SECONDS = 0.5
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_device(args: CramTrainingArguments) -> None:
+def check_device(args: OpenPrecisionArguments) -> None:
     """Raises `ValueError` for what the arguments tell and their device cannot do."""
     if (args.fp16 or args.mixed_precision == "fp16") and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, and the device is a CPU: use bf16, or neither")
@@ -44,14 +43,9 @@ class HardwareChoices:
     """
 
     def __init__(self, model: PreTrainedModel, args: CramTrainingArguments):
+        check_device(args)
         self.model, self.args = model, args
         self._is_bf16_open = args.bf16 is None and not args.fp16 and args.mixed_precision == "no"
-        launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-        if args.torch_compile is None and launcher != "no":  # counts as told, as its --mixed_precision does
-            args.torch_compile, args.torch_compile_backend = True, launcher
-        elif args.torch_compile is False:
-            self._set_compile(False)
-        check_device(args)
         self._is_compile_open = args.torch_compile is None
         self._own_attention = model.config._attn_implementation
         self._choose_precision()
@@ -96,7 +90,6 @@ class HardwareChoices:
 
     def _set_compile(self, compiled: bool) -> None:
         self.args.torch_compile = compiled
-        # None would let the launcher's environment decide.
         self.args.torch_compile_backend = "inductor" if compiled else "no"
 
     def _choose_attention(self) -> None:

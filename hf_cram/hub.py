@@ -38,7 +38,8 @@ WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
 SHAREABLE = (
     "config.json", "generation_config.json", *WEIGHTS, "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model",
+    "bpe.codes", "emoji.json",
     "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png",
     "all_results.json", "glue_results.json", "glue_results.png", "minimal_pairs_results.json",
 )  # fmt: skip

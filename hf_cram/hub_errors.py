@@ -48,24 +48,32 @@ def explain(
         return _explain_without_answer(error)
     response = error.response
     status = response.status_code
+    told = " ".join((error.server_message or "").split())
+    reason = f", {told}" if told else ""
     if status == 401:
         fault = "the token is not valid" if get_token() else "there is no token"
         return HubError(f"{fault} (401): set HF_TOKEN, or run `hf auth login`")
     if status == 403 and is_download:
-        return HubError(f"the token may not read {repo_id} (403): ask for access on its page, or take one that may")
+        return HubError(
+            f"the token may not read {repo_id} (403{reason}): ask for access on its page, or take one that may"
+        )
     if status == 403:
-        return HubError(f"the token may not write to {repo_id} (403): take one that may, or another {id_field}")
+        return HubError(
+            f"the token may not write to {repo_id} (403{reason}): take one that may, or another {id_field}"
+        )
     if status == 404:
         return HubError(f"there is no {repo_id} at {revision or 'main'} that the token can see (404)")
     if status in (408, 425, 429) or status >= 500:
         wait = response.headers.get("Retry-After", "")
+        seconds = float(wait) if wait.isdigit() else 0.0
         limit = parse_ratelimit_headers(response.headers)
-        seconds = float(wait) if wait.isdigit() else float(limit.reset_in_seconds) if limit else 0.0
+        if status == 429 and limit is not None and limit.remaining == 0:
+            seconds = max(seconds, float(limit.reset_in_seconds))
         seconds = min(seconds, LONGEST_RETRY_AFTER_SECONDS)
         fault = "the Hub asks for fewer requests (429)" if status == 429 else f"the Hub answers {status}"
         return HubError(fault, is_final=False, retry_after_seconds=seconds)
     refused = "download" if is_download else "push"
-    return HubError(f"the Hub refuses the {refused}: {error.server_message or error} ({status})")
+    return HubError(f"the Hub refuses the {refused}: {told or error} ({status})")
 
 
 def _explain_without_answer(error: BaseException) -> HubError:
@@ -73,6 +81,8 @@ def _explain_without_answer(error: BaseException) -> HubError:
         return HubError("offline mode is on: unset HF_HUB_OFFLINE")
     if isinstance(error, OSError) and error.filename is not None:
         return HubError(f"{error.filename}: {error.strerror}")
+    if "Illegal header" in str(error):  # which would be told whole
+        return HubError("the token holds characters that cannot be sent: set HF_TOKEN anew, or run `hf auth login`")
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return HubError("; ".join(lines))  # about what was sent: a card with bad metadata, a name that cannot be
@@ -109,7 +119,10 @@ def _one_voice(silence_seconds: float) -> Iterator[None]:
     """Keep the client from warning of its own retries, since the caller tells how it went, or from waiting forever."""
 
     def impatient_client() -> Any:
-        client = default_client_factory()
+        try:
+            client = default_client_factory()
+        except Exception as error:  # no narrower class: a proxy that cannot be, or needs another package
+            raise ValueError(f"{' '.join(str(error).split())}: look at ALL_PROXY and HTTPS_PROXY") from error
         client.timeout = silence_seconds
         return client
 

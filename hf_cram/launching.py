@@ -1,11 +1,12 @@
 """What launchers leave to be done on a CPU: all the processes that were asked for, on all the cores."""
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,10 +39,18 @@ def missing_processes(environment: Mapping[str, str], launcher: Sequence[str]) -
     )
 
 
+def _parent_command() -> list[str]:
+    """The command line that started this process; empty where it may not be read, or is gone."""
+    try:
+        parent = psutil.Process().parent()
+        return [] if parent is None else parent.cmdline()
+    except psutil.Error:
+        return []
+
+
 def start_missing_processes() -> None:
     """Replace this process by a torch launcher of as many as were asked for; returns where none is missing."""
-    parent = psutil.Process().parent()
-    processes = missing_processes(os.environ, parent.cmdline() if parent is not None else [])
+    processes = missing_processes(os.environ, _parent_command())
     if processes is not None and processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         os.execv(sys.executable, [*launcher, *sys.argv])
@@ -52,8 +61,7 @@ def end_with_launcher() -> None:
     Receive SIGTERM when `accelerate launch` is gone, which hands no signal on to the one process it has started: a run
     whose launcher was stopped ends as if it had been stopped itself. On Linux; elsewhere such a run goes on.
     """
-    parent = psutil.Process().parent()
-    command = parent.cmdline()[:3] if parent is not None else []
+    command = _parent_command()[:3]
     is_accelerate = any(part.startswith("accelerate.") or Path(part).name in LAUNCHERS for part in command)
     if sys.platform == "linux" and is_accelerate and "RANK" not in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -81,5 +89,21 @@ def use_all_cores(environment: Mapping[str, str]) -> None:
     """
     launched = "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment
     if launched and environment.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(_share_of_cores(int(environment.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+@contextlib.contextmanager
+def threads_of_a_process(num_processes: int, device: torch.device) -> Iterator[None]:
+    """On a CPU, the threads that [`use_all_cores`] will give each of several processes."""
+    threads = torch.get_num_threads()
+    if num_processes > 1 and device.type == "cpu":
+        torch.set_num_threads(_share_of_cores(num_processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _share_of_cores(num_processes: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_processes)

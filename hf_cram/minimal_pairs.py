@@ -228,6 +228,15 @@ def has_more(model_folder: Path, results: dict[str, Any]) -> bool:
         return False
 
 
+def share_with_model(results: dict[str, Any], model_folder: Path, output_dir: Path) -> None:
+    """Put the results beside the model and into its card: they are pushed with it."""
+    try:
+        write_json_atomically(model_folder / RESULTS_NAME, results)
+        update_model_card(model_folder, minimal_pairs=results)
+    except (OSError, ModelCardError) as error:
+        logger.warning("The results are in %s, but not all of them with their model: %s", output_dir, error)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the pairs, print a table, write `minimal_pairs_results.json`, and put the result into the model's card."""
     parser = build_parser()
@@ -261,13 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             logger.warning(
                 "The results are in %s alone: those in %s are of more pairs, and stay", output_dir, model_folder
             )
-        elif model_folder.is_dir():  # the figure is pushed with the model
-            write_json_atomically(model_folder / RESULTS_NAME, results)
-            update_model_card(model_folder, minimal_pairs=results)
+        elif model_folder.is_dir():
+            share_with_model(results, model_folder, output_dir)
     except KeyboardInterrupt:
         print("hf_cram.minimal_pairs: stopped; nothing was written", file=sys.stderr)
         sys.exit(130)
-    except (MinimalPairsError, ModelCardError, OSError) as error:
+    except (MinimalPairsError, OSError) as error:
         sys.exit(f"hf_cram.minimal_pairs: error: {error}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

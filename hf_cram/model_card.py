@@ -24,6 +24,7 @@ CARD_NAME = "README.md"
 EVAL_FOLDER = ".eval_results"
 GLUE_DATASET = "nyu-mll/glue"
 MINIMAL_PAIRS_DATASET = "minimal-pairs"
+ENGLISH_AND_FREE = {"language": "en", "license": "apache-2.0"}
 MLM_METRIC = "MLM loss at 15 % fixed masks (nats)"
 # Data set configuration and split of the columns that are not a configuration's only validation split.
 MNLI_SPLITS = {"mnli": ("mnli", "validation_matched"), "mnli_mismatched": ("mnli", "validation_mismatched")}
@@ -54,8 +55,7 @@ def build_model_card(
     num_parameters: int,
     sequence_length: int,
     dataset_names: Sequence[str] = (),
-    language: str | None = "en",
-    license_name: str | None = "apache-2.0",
+    metadata: Mapping[str, Any] = ENGLISH_AND_FREE,
     glue_results: Mapping[str, Any] | None = None,
     minimal_pairs: Mapping[str, Any] | None = None,
 ) -> ModelCard:
@@ -72,16 +72,14 @@ def build_model_card(
         num_parameters: parameters of the model.
         sequence_length: tokens of a training row.
         dataset_names: the text's data sets on the Hub.
-        language: of the text, a code of the Hub; `None` leaves it out.
-        license_name: of the model, an identifier of the Hub; `None` leaves it out.
+        metadata: `language` of the text and `license` of the model, in the Hub's terms; `None` leaves one out.
         glue_results: the content of `glue_results.json`, of GLUE or of own data.
         minimal_pairs: the content of `minimal_pairs_results.json`, in per cent.
     """
     budget = results.get("time_budget_seconds")
     eval_loss = results.get("eval_loss")
     data = ModelCardData(
-        language=language,
-        license=license_name,
+        **metadata,
         library_name="transformers",
         pipeline_tag="fill-mask",
         datasets=list(dataset_names) or None,
@@ -120,8 +118,7 @@ def build_fine_tuned_card(
     results: Mapping[str, Any] | None = None,
     *,
     base_model: str | None = None,
-    language: str | None = "en",
-    license_name: str | None = "apache-2.0",
+    metadata: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """
     A card of a classifier, or of a regression, with its scores and how to load it.
@@ -131,12 +128,10 @@ def build_fine_tuned_card(
         start: what was fine-tuned, in words.
         results: the content of `glue_results.json`, of own data.
         base_model: what was fine-tuned, where it is a model of the Hub.
-        language: of the data, a code of the Hub; `None` leaves it out.
-        license_name: of the model, an identifier of the Hub; `None` leaves it out.
+        metadata: as of [`build_model_card`]; default: neither.
     """
     data = ModelCardData(
-        language=language,
-        license=license_name,
+        **(metadata or {}),
         base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -165,9 +160,11 @@ def update_model_card(
     folder: str | Path,
     glue_results: Mapping[str, Any] | None = None,
     minimal_pairs: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> bool:
     """
-    Put evaluations into the card of the model in `folder`, in the place of earlier ones of the same kind.
+    Put evaluations into the card of the model in `folder`, in the place of earlier ones of the same kind, and `metadata`
+    (as of [`build_model_card`]) in the place of what it says of these.
 
     The rest of the text, and keys of the front matter that are not results of these evaluations, stay as they are.
     Returns False where there is no card. Raises [`ModelCardError`] for a card whose front matter cannot be read.
@@ -175,14 +172,29 @@ def update_model_card(
     path = Path(folder) / CARD_NAME
     if not path.is_file():
         return False
-    try:
-        card = ModelCard(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        cause = " ".join(str(error).split())
-        raise ModelCardError(f"the front matter of {path} cannot be read ({cause}): mend it, or delete it") from error
+    card = _read_card(path)
+    for name, value in (metadata or {}).items():
+        card.data[name] = value
     card.data["model_name"] = card.data.get("model_name", Path(folder).resolve().name)
     save_model_card(_with_evaluations(card, glue_results, minimal_pairs), Path(folder))
     return True
+
+
+def card_metadata(folder: str | Path) -> dict[str, str | None]:
+    """`language` and `license` of the card in a model's folder; empty where there is none that can be read."""
+    try:
+        data = _read_card(Path(folder) / CARD_NAME).data
+    except (OSError, ModelCardError):
+        return {}
+    return {name: data[name] for name in ("language", "license") if data.get(name) is not None}
+
+
+def _read_card(path: Path) -> ModelCard:
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise ModelCardError(f"the front matter of {path} cannot be read ({cause}): mend it, or delete it") from error
 
 
 def _with_evaluations(
@@ -229,9 +241,9 @@ def _marked(name: str, text: str) -> str:
 def _replace_section(body: str, name: str, text: str) -> str:
     """`body` with the section of that name replaced, or appended where its marks are not there."""
     opening, closing = _marked(name, "").splitlines()
-    before, _, rest = body.partition(opening)
-    _, found, after = rest.partition(closing)
-    if not found:
+    head, closed, after = body.partition(closing)
+    before, opened, _ = head.rpartition(opening)  # the last: a person may have lost an earlier one's end
+    if not (closed and opened):
         return f"{body.rstrip()}\n\n{_marked(name, text)}\n"
     return f"{before}{_marked(name, text)}{after}"
 

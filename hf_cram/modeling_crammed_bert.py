@@ -172,7 +172,9 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention with weights. query, key, value (B, N, L, D) -> output (B, L, N, D), weights (B, N, L, L)."""
     scores = query @ key.transpose(2, 3) * scaling  # (B, N, L, L)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     # Softmax in at least fp32: bf16 sums lose the small weights, and float64 must stay float64.
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype))
@@ -204,7 +206,8 @@ class CrammedBertAttention(nn.Module):
         """Queries (B, N, L or K, D), keys and values (B, N, L, D)."""
         if output_positions is not None and is_plain_linear(self.query_key_value):
             # One matrix, but the queries of the other tokens are not wanted.
-            size, weight, bias = hidden_states.shape[-1], self.query_key_value.weight, self.query_key_value.bias
+            weight, bias = self.query_key_value.weight, self.query_key_value.bias
+            size = weight.shape[0] // 3  # not the hidden size where heads were pruned
             biases = (None, None) if bias is None else (bias[:size], bias[size:])
             query = nn.functional.linear(take_positions(hidden_states, output_positions), weight[:size], biases[0])
             key, value = nn.functional.linear(hidden_states, weight[size:], biases[1]).chunk(2, dim=-1)

@@ -93,7 +93,9 @@ def move_earlier_run_aside(output_dir: Path) -> Path | None:
     """
     has_clock = read_clock(output_dir) is not None
     has_model = holds_model(output_dir)
-    if not (has_clock or has_model or complete_checkpoints(output_dir)):
+    # Another program's checkpoint of a step that this run will save is lost as well.
+    has_checkpoint = any(step_of(folder) >= 0 and any(folder.iterdir()) for folder in output_dir.glob("checkpoint-*/"))
+    if not (has_clock or has_model or has_checkpoint):
         return None
     way_out = "name another --output_dir"
     if has_clock:

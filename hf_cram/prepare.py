@@ -15,6 +15,7 @@ from .data.errors import DataError
 from .data.pipeline import DataArguments, PreparedCorpus, open_cache, prepare_corpus, published_corpus
 from .data.publish import publish_if_asked
 from .data.sources import TextSource
+from .launching import threads_of_a_process
 from .recipes import RecipeParser
 from .script_args import RECIPE_PARTS
 from .text_budget import is_limit_wanted, limit_text_to_budget
@@ -62,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_limit_wanted(data_args, text_args) and published_corpus(data_args) is None:
             try:
                 training_args = _training_args(training_fields)
-                limit_text_to_budget(
-                    data_args, model_args, masking_args, training_args, text_args, prepare_args.num_processes
-                )
+                with threads_of_a_process(prepare_args.num_processes, training_args.device):
+                    limit_text_to_budget(
+                        data_args, model_args, masking_args, training_args, text_args, prepare_args.num_processes
+                    )
             except DataError as error:
                 if not prepare_args.dry_run:
                     raise

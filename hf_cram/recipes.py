@@ -73,7 +73,15 @@ def _value_or_none(kind: type) -> Callable[[str], Any]:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: one of its values would be lost."""
+    """
+    YAML in which a key that stands twice is an error: one of its values would be lost. What YAML 1.1 takes for a number of
+    base 60 (24:00) or a date (2024-01-01) stays text.
+    """
+
+    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool] | bool) -> str:
+        tag = super().resolve(kind, value, implicit)
+        is_base_60 = tag.endswith((":int", ":float")) and ":" in str(value)
+        return "tag:yaml.org,2002:str" if is_base_60 or tag.endswith(":timestamp") else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
@@ -162,7 +170,9 @@ class RecipeParser(HfArgumentParser):
             if value is None and key not in self._may_be_null:
                 self.error(f"recipe {path}: {key} needs a value; without its line it is {actions[key].default!r}")
             if isinstance(value, dict):
-                value = json.dumps(value, default=str)  # YAML takes 2024-01-01 for a date
+                value = json.dumps(value)
+            if value is False and "no" in map(str, actions[key].choices or ()):
+                value = "no"  # which YAML takes for false
             takes_list = actions[key].nargs in ("+", "*")
             if isinstance(value, list) and not takes_list:
                 self.error(f"recipe {path}: {key} must be one value, got {value!r}")

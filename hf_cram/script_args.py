@@ -54,14 +54,10 @@ class CardArguments:
         self.language = language_code(self.language) or "none"
 
     @property
-    def language_code(self) -> str | None:
-        """For the card; `None` leaves it out."""
-        return None if self.language == "none" else self.language
-
-    @property
-    def license_name(self) -> str | None:
-        """For the card; `None` leaves it out."""
-        return None if self.model_license == "none" else self.model_license
+    def metadata(self) -> dict[str, str | None]:
+        """Both as the front matter of a card names them; `None` leaves one out."""
+        values = {"language": self.language, "license": self.model_license}
+        return {name: None if value == "none" else value for name, value in values.items()}
 
 
 RECIPE_PARTS = (

@@ -57,7 +57,7 @@ class Shape:
         return self.vocab_size, self.hidden_size
 
 
-# Deeper with the width; the vocabulary is a small part of each but the first. The last but one is the paper's.
+# Deeper with the width, and a larger vocabulary. The last but one is the paper's.
 SHAPES = (
     Shape(128, 2, 8192),
     Shape(256, 4, 8192),

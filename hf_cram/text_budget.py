@@ -57,7 +57,11 @@ def limit_text_to_budget(
     The speed is measured once for each model, micro-batch and machine, and kept with the prepared text: the same run
     finds the same rows again. Every process gets the number of the first one.
     """
-    if not is_limit_wanted(data_args, text_args) or published_corpus(data_args) is not None:  # whose rows are made
+    if not is_limit_wanted(data_args, text_args):
+        return
+    # Rank 0's answer counts: the Hub may refuse one rank, and the others would wait for it.
+    is_published = [training_args.process_index == 0 and published_corpus(data_args) is not None]
+    if broadcast_object_list(is_published)[0]:  # its rows are made
         return
     row_tokens, processes = data_args.max_seq_length, num_processes or training_args.world_size
     limits, why = [], f"{training_args.max_steps} steps"

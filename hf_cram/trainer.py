@@ -535,7 +535,6 @@ class CramTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-            in_order=args.dataloader_in_order,
             # A generator of its own: the loader's draw must not move the restored random state of a resumed run.
             generator=torch.Generator().manual_seed(args.seed),
             worker_init_fn=_leave_signals_to_the_trainer,

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -61,6 +62,9 @@ class OpenPrecisionArguments(TrainingArguments):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "bf16 autocast; default: whichever a short measurement finds faster."}
     )
+    torch_compile: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "torch.compile; default: as the launcher says, else not."}
+    )
 
     def __post_init__(self) -> None:
         if self.hub_token is not None:
@@ -74,6 +78,11 @@ class OpenPrecisionArguments(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
         asked_for_bf16, self.bf16 = self.bf16, False
+        launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if self.torch_compile_backend == "no":  # of arguments that were copied
+            self.torch_compile_backend = None
+        if self.torch_compile is None and launcher != "no":  # counts as told, as its --mixed_precision does
+            self.torch_compile, self.torch_compile_backend = True, launcher
         try:
             super().__post_init__()
         except ImportError as error:  # deepspeed, fsdp, an optimiser of another package
@@ -85,6 +94,8 @@ class OpenPrecisionArguments(TrainingArguments):
                 self.n_gpu, self.n_gpu,
             )  # fmt: skip
             self._n_gpu = 1
+        if self.torch_compile is False:
+            self.torch_compile_backend = "no"  # None would let the launcher's environment decide
         self._check_packages()
         self._set_bf16(asked_for_bf16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
@@ -182,7 +193,7 @@ class CramTrainingArguments(OpenPrecisionArguments):
         default=10,
         metadata={"help": "Steps in a row with a loss or gradient that is not finite before the run stops."},
     )
-    torch_compile: bool | None = field(  # type: ignore[assignment]
+    torch_compile: bool | None = field(
         default=None, metadata={"help": "Compile the model; default: where it can pay off inside the budget."}
     )
     attn_implementation: str | None = field(
@@ -274,6 +285,8 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(
                 "hub_strategy would upload the optimiser's state, which is not safetensors: use every_save or end"
             )
+        if not self.dataloader_in_order:
+            raise ValueError("dataloader_in_order: false would change which rows a step sees: leave it out")
         if self.dataloader_persistent_workers and self.dataloader_num_workers < 1:
             raise ValueError(
                 "dataloader_persistent_workers: there are none: set dataloader_num_workers, or leave it out"

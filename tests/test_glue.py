@@ -408,11 +408,13 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
         files[split] = tmp_path / f"{split}.csv"
         data.to_csv(files[split])
     out = tmp_path / "out"
-    run(
-        monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *FAST, "--num_train_epochs", "8",
-        "--train_file", files["train"], "--validation_file", files["validation"], "--test_file", files["test"],
-        "--label_column", "topic", "--task_name", "news", "--seeds", "1", "--language", "de", "--model_license", "mit",
-    )  # fmt: skip
+    own_data = [
+        *FAST, "--num_train_epochs", "8", "--train_file", files["train"], "--validation_file", files["validation"],
+        "--test_file", files["test"], "--label_column", "topic", "--task_name", "news", "--seeds", "1",
+    ]  # fmt: skip
+    (model_folder / "README.md").write_text("---\nlanguage: de\nlicense: cc0-1.0\n---\n")
+    arguments = ["--model_name_or_path", model_folder, "--output_dir", out, *own_data]
+    run(monkeypatch, *arguments, "--model_license", "mit")  # the language is the base model's
     results = results_of(out)
     assert results["columns"] == ["news"]
     assert results["tasks"]["news"]["accuracy"]["median"] > 80
@@ -425,6 +427,10 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     assert "# out\n" in card.text
     assert (card.data.language, card.data.license) == ("de", "mit")
     assert results_of(out / "news") == results
+    told_later = ["--model_license", "apache-2.0"]
+    run(monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *own_data, *told_later)
+    card = ModelCard((out / "news" / "README.md").read_text())
+    assert (card.data.language, card.data.license) == ("de", "apache-2.0")
     (predictions,) = (out / "predictions" / results["setting_id"]).rglob("news.seed-1.tsv")
     predictions = predictions.read_text().splitlines()
     assert {line.split("\t")[1] for line in predictions[1:]} <= {"culture", "sport"}
@@ -574,7 +580,7 @@ def test_a_model_of_other_data_of_that_name_is_moved_aside(monkeypatch, caplog, 
     assert first != second
     assert (kept / "train-1" / "model.safetensors").read_bytes() == first
     assert results_of(kept / "train-1") != results_of(kept / "train")
-    assert f"was moved to {kept / 'train-1'}: --task_name tells them apart" in caplog.text
+    assert f"{kept / 'train'} is of other files, and was moved to {kept / 'train-1'}" in caplog.text
 
 
 # ---- Folders ----
@@ -1023,6 +1029,17 @@ def test_ctrl_c_keeps_the_finished_pairs(monkeypatch, capsys, glue_data, model_f
         "run_glue.py: stopped; finished pairs are kept: the same command goes on with the others\n"
     )
     assert len((tmp_path / "out" / "glue_runs.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("told", "expected"), [([], "eager"), (["--torch_compile", "false"], "no")])
+def test_the_launchers_compiling_counts_unless_told(monkeypatch, glue_data, model_folder, tmp_path, told, expected):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    backends = []
+    monkeypatch.setattr(GlueRun, "run", lambda run, args, *_, **__: backends.append(args.torch_compile_backend))
+    monkeypatch.setattr(GlueRun, "write", lambda *_: None)
+    monkeypatch.setattr(run_glue, "results_table", lambda *_: "")
+    run(monkeypatch, *fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", *told)
+    assert backends == [expected]
 
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch, model_folder):

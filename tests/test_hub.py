@@ -1,6 +1,7 @@
 """Pushing with the real client to a Hub on the loopback interface, with and without its faults."""
 
 import errno
+import importlib.util
 import json
 import os
 import queue
@@ -21,14 +22,14 @@ from conftest import REPOSITORY
 from datasets import Dataset
 from forked_calls import forked_calls, logged_in_environment
 from hub_server import CUT, SILENCE, TOKEN, Fault, running_hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load, load_file
 from transformers import AutoModelForMaskedLM
 
 from hf_cram import hub
 from hf_cram.hub import HubError, HubPusher, HubTarget, shareable_files
-from hf_cram.hub_errors import explain
+from hf_cram.hub_errors import explain, with_retries
 
 WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
 SMALL = [
@@ -299,18 +300,54 @@ def test_a_passing_fault_is_waited_out(pushed, run, server, heal, fault):
     assert server.repositories["me/later"].private
 
 
+def answer(status, headers=None, told=None):
+    """An error of the client for an answer of the Hub."""
+    response = httpx2.Response(status, headers=headers, request=httpx2.Request("POST", "http://hub/api/repos/create"))
+    return HfHubHTTPError("refused", response=response, server_message=told)
+
+
+def test_the_hubs_own_reason_is_told():
+    failure = explain(
+        answer(403, told="Private repository storage limit reached,\nupgrade your plan"), "me/x", None, "id"
+    )
+    assert "me/x (403, Private repository storage limit reached, upgrade your plan)" in str(failure)
+    failure = explain(answer(400, told="bad\ncard"), "me/x", None, "id")
+    assert str(failure) == "the Hub refuses the push: bad card (400)"
+
+
+def test_a_token_that_cannot_be_sent_is_not_told():
+    error = httpx2.LocalProtocolError(f"Illegal header value b'Bearer {TOKEN}\\x1b[201~'")
+    failure = explain(error, "me/x", None, "hub_model_id")
+    assert failure.is_final
+    assert TOKEN not in str(failure)
+    assert "set HF_TOKEN anew" in str(failure)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://user:pa#ss@proxy:8080"])
+def test_a_proxy_that_cannot_be_is_one_line(monkeypatch, proxy):
+    if proxy.startswith("socks") and importlib.util.find_spec("socksio"):
+        pytest.skip("socksio is installed, with which this proxy can be")
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "")
+    for name in ("all_proxy", "no_proxy", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(HubError, match="look at ALL_PROXY and HTTPS_PROXY") as caught:
+        with_retries(get_session, lambda error: explain(error, "me/x", None, "hub_model_id"), (0.0,), 1.0)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("headers", "seconds"),
+    ("status", "headers", "seconds"),
     [
-        ({"Retry-After": "7"}, 7.0),
-        ({"ratelimit": '"api";r=0;t=55'}, 55.0),
-        ({"ratelimit": '"api";r=0;t=9999'}, 300.0),
-        ({}, 0.0),
+        (429, {"Retry-After": "7"}, 7.0),
+        (429, {"ratelimit": '"api";r=0;t=55'}, 55.0),
+        (429, {"ratelimit": '"api";r=0;t=9999'}, 300.0),
+        (503, {"ratelimit": '"api";r=489;t=189'}, 0.0),  # which comes with every answer
+        (429, {}, 0.0),
     ],
 )
-def test_a_hub_that_asks_for_patience_is_given_it(headers, seconds):
-    response = httpx2.Response(429, headers=headers, request=httpx2.Request("POST", "http://hub/api/repos/create"))
-    failure = explain(HfHubHTTPError("too many", response=response), "me/x", None, "hub_model_id")
+def test_a_hub_that_asks_for_patience_is_given_it(status, headers, seconds):
+    failure = explain(answer(status, headers), "me/x", None, "hub_model_id")
     assert (failure.is_final, failure.retry_after_seconds) == (False, seconds)
 
 

@@ -224,6 +224,7 @@ def test_measured_memory_is_within_15_percent_of_the_calculation(python_environm
     assert result.stdout.rstrip().splitlines()[-1].split()[4] == "PASS", result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", sorted((REPOSITORY / "training_args").glob("*24h*.yaml")), ids=lambda path: path.stem
 )

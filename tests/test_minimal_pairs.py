@@ -283,6 +283,13 @@ def test_fewer_pairs_elsewhere_leave_a_models_fuller_results(model_folder, tmp_p
     assert json.loads(own.read_text())["pairs"] == 40
 
 
+def test_results_stand_though_the_models_card_cannot_be_read(model_folder, tmp_path, caplog):
+    (model_folder / "README.md").write_text("---\na: [1\n---\n")
+    main([str(model_folder), "--pairs", str(PAIRS), "--limit", "1", "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "minimal_pairs_results.json").is_file()
+    assert "but not all of them with their model: the front matter of" in caplog.text
+
+
 def test_ctrl_c_is_one_line(model_folder, monkeypatch, capsys):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt

@@ -207,6 +207,18 @@ def test_update_keeps_what_a_person_has_written(tmp_path):
     assert ("nyu-mll/glue", "stsb", "validation", "pearson") in metrics_of(card)
 
 
+def test_a_section_that_has_lost_its_end_takes_nothing_with_it(tmp_path):
+    save_model_card(build(), tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text().replace("<!-- hf_cram: end of glue -->", "My notes."))
+    for _ in range(2):
+        update_model_card(tmp_path, PARTIAL_GLUE)
+    text = card.read_text()
+    assert "My notes." in text
+    assert "## How to load" in text
+    assert text.count("<!-- hf_cram: end of glue -->") == 1
+
+
 def test_no_card_or_a_broken_one(tmp_path):
     assert not update_model_card(tmp_path, glue_results=PARTIAL_GLUE)
     assert list(tmp_path.iterdir()) == []

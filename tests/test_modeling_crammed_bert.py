@@ -260,6 +260,20 @@ def test_default_is_the_papers_final_model():
     assert {name: values[name] for name in PAPER} == PAPER
 
 
+def test_sdpa_and_eager_agree_on_masks_of_booleans(tiny_config):
+    """Packed rows that see their own document alone: (B, 1, L, L), true where a token may look."""
+    input_ids = masked_batch()[0]
+    document = torch.arange(input_ids.shape[1]) // 5
+    mask = (document[:, None] == document[None]).expand(len(input_ids), 1, -1, -1)
+    model = CrammedBertForMaskedLM(changed(tiny_config, initializer_range=0.3)).eval()
+    logits = {}
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        logits[implementation] = model(input_ids=input_ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits["sdpa"], logits["eager"], rtol=0, atol=1e-5)
+    assert not torch.allclose(logits["eager"], model(input_ids=input_ids).logits, atol=1e-2)
+
+
 def test_sdpa_and_eager_agree_under_padding(tiny_config):
     model = CrammedBertForMaskedLM(changed(tiny_config, initializer_range=0.3)).eval()
     input_ids = masked_batch()[0]

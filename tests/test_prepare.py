@@ -19,6 +19,7 @@ from hf_cram import text_budget
 from hf_cram.data.errors import DataError
 from hf_cram.data.export import export_corpus
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
+from hf_cram.launching import threads_of_a_process
 from hf_cram.prepare import main
 from hf_cram.recipes import ModelArguments
 from hf_cram.script_args import MaskingArguments, TextBudgetArguments
@@ -307,6 +308,16 @@ def test_the_limit_is_what_the_budget_can_consume(tmp_path, monkeypatch, caplog)
     remembered.write_text("{")
     data_args, training_args = arguments(tmp_path, time_budget="100s")
     assert limited(data_args, training_args, text_for_budget=True) == 600
+
+
+def test_processes_on_a_cpu_share_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    before = torch.get_num_threads()
+    with threads_of_a_process(3, torch.device("cpu")):
+        assert torch.get_num_threads() == 4
+    with threads_of_a_process(3, torch.device("cuda")):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("limit", [{"time_budget": "100s"}, {"max_steps": 10}])

@@ -196,6 +196,20 @@ def test_a_revision_that_looks_like_a_date(tmp_path):
     assert arguments.named_sources()["a"].dataset_revision == "2024-01-01"
 
 
+def test_what_yaml_takes_for_something_else(tmp_path, capsys):
+    """A word of the Trainer's for false, a time for a number of base 60, a date that is none."""
+    (tmp_path / "recipe.yaml").write_text(
+        "output_dir: out\nmax_steps: 1\nsave_strategy: no\ndataset_name: a/b\ndataset_revision: 2024-02-30\n"
+    )
+    parser = RecipeParser((DataArguments, CramTrainingArguments))
+    data, training = parser.parse([str(tmp_path / "recipe.yaml")])
+    assert (training.save_strategy, data.dataset_revision) == ("no", "2024-02-30")
+    (tmp_path / "recipe.yaml").write_text("output_dir: out\ntime_budget: 24:00\n")
+    with pytest.raises(SystemExit):
+        parser.parse([str(tmp_path / "recipe.yaml")])
+    assert "'24:00' is not a duration" in capsys.readouterr().err
+
+
 def test_a_mistake_in_a_later_recipe_names_its_file(tmp_path, capsys):
     text = tmp_path / "text.yaml"
     text.write_text("datset_name: a\n")

@@ -28,7 +28,7 @@ from hf_cram.checkpointing import CheckpointError, RunState, last_checkpoint
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments
 from hf_cram.data.workers import available_workers
-from hf_cram.launching import missing_processes, use_all_cores
+from hf_cram.launching import end_with_launcher, missing_processes, start_missing_processes, use_all_cores
 from hf_cram.recipes import ModelArguments, RecipeParser
 from hf_cram.training_args import CramTrainingArguments
 from run_mlm_cram import check_same_rows, limit_of_the_resumed, shareable
@@ -199,6 +199,8 @@ def test_recipe_beside_the_model_can_be_shared_and_run_again(finished):
         "dataset_name": str(out),
     }
     assert shareable(given | {"seed": 3}) == {"save_strategy": "steps", "seed": 3}
+    assert shareable({"tokenizer_name": "owner/tokenizer"}) == {"tokenizer_name": "owner/tokenizer"}
+    assert shareable({"tokenizer_name": str(out)}) == {}
     hub_mix = {"wikipedia": {"dataset_name": "wikimedia/wikipedia"}}
     assert shareable({"sources": hub_mix}) == {"sources": hub_mix}
     assert shareable({"sources": json.dumps(hub_mix)}) == {"sources": json.dumps(hub_mix)}
@@ -302,6 +304,15 @@ def test_accelerate_on_a_cpu_is_held_to_the_number_asked_for():
     assert missing_processes({"ACCELERATE_USE_CPU": "True"}, command) is None
     with pytest.raises(ValueError, match="name --num_processes"):
         missing_processes(several, ["accelerate", "launch", "run.py"])
+
+
+def test_a_parent_that_may_not_be_read_is_no_launcher(monkeypatch):
+    def refuse(process):
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "parent", refuse)
+    start_missing_processes()
+    end_with_launcher()
 
 
 def test_a_launchers_single_thread_becomes_all_cores():

@@ -90,7 +90,7 @@ def test_what_would_be_lost_is_told_before_the_first_run(monkeypatch, capsys, op
 
 
 def test_a_mistake_in_any_arm_shows_before_the_first_run(tmp_path, tokenizer):
-    job = {"max_steps": 5, "use_cpu": True, "output_dir": str(tmp_path)}
+    job = {"max_steps": 5, "use_cpu": True, "output_dir": str(tmp_path), "length": 16}
     good = {**job, "arm": speedrun.split_fields(speedrun.read_arm("ours"))}
     speedrun.check_arms({"good": good}, tokenizer)
     for fields, message in (({"hiden_size": 32}, "hiden_size"), ({"lr_schedule": "flat"}, "lr_schedule")):
@@ -129,6 +129,11 @@ def test_a_sweep_is_a_grid():
     assert speedrun.parse_overrides([]) == [{}]
     with pytest.raises(SystemExit, match="'oops' is not name=value"):
         speedrun.parse_overrides(["oops"])
+    with pytest.raises(SystemExit, match="holds several fields: give each as a word"):
+        speedrun.parse_overrides(["learning_rate=1e-3,2e-3 hidden_size=64,128"])
+    assert speedrun.parse_overrides(["lr_scheduler_kwargs={warmup: 0.1, decay_from: 0.4},{warmup: 0.2}"]) == [
+        {"lr_scheduler_kwargs": {"warmup": 0.1, "decay_from": 0.4}}, {"lr_scheduler_kwargs": {"warmup": 0.2}}
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", speedrun.yaml.safe_load(speedrun.ARMS_FILE.read_text()))
@@ -137,6 +142,50 @@ def test_every_arm_builds(name, tokenizer):
     assert arm["training"]["learning_rate"] > 0
     model = speedrun.build_model(arm, tokenizer)
     assert model.get_output_embeddings().out_features == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arm", "length", "message"),
+    [
+        ({"mlm_probability": 40}, 16, "mask rate"),
+        ({"mlm_probability": "0.5:0.15"}, 16, "mask rate"),
+        ({"max_position_embeddings": 16}, 32, "--length 32: an arm has 16 positions"),
+        ({"learning_rate": "fast"}, 16, "an arm: learning_rate must be a number, got 'fast'"),
+    ],
+)
+def test_a_mistake_in_an_arm_shows_before_the_first_run(tokenizer, tmp_path, arm, length, message):
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, **arm}
+    job = {"arm": speedrun.split_fields(fields), "length": length, "max_steps": 1, "use_cpu": True}
+    with pytest.raises(ValueError, match=message):
+        speedrun.check_arms({"an arm": {**job, "output_dir": str(tmp_path)}}, tokenizer)
+
+
+def test_an_earlier_comparison_in_the_folder_is_kept(tmp_path):
+    for content in ("first", "second"):
+        speedrun.set_earlier_aside(tmp_path)
+        (tmp_path / "results.json").write_text(content)
+    speedrun.set_earlier_aside(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "results-1.json": "first", "results-2.json": "second"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--seeds", "0"], "--seeds must be at least 1"), (["--arms", "broken.yaml"], "broken.yaml"),
+     (["--probe", "glue", "--probe_seeds", "three"], "--probe_seeds must be a number of seeds")],
+)  # fmt: skip
+def test_a_mistake_is_one_line(tmp_path, python_environment, options, message):
+    for task in ("sst2", "cola", "stsb"):
+        (tmp_path / "glue" / task).mkdir(parents=True)
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "text.txt").write_text("\n".join(f"river stone house {n} letter window" for n in range(400)))
+    command = [sys.executable, SCRIPT, "--text", "text.txt", "--output_dir", "out", "--vocab_size", "120", "--length", "16",
+               "--eval_rows", "8", "--cache_dir", "cache", *options]  # fmt: skip
+    done = subprocess.run(command, env=python_environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
 
 
 def test_runs_beside_each_other_have_no_clock(monkeypatch, capsys):
@@ -172,7 +221,7 @@ def test_a_real_comparison(tmp_path, python_environment):
     command = [sys.executable, SCRIPT, "--max_steps", "4", "--arms", "paper_v2,bert", "--text", text, "--vocab_size",
                "120", "--length", "32", "--eval_rows", "8", "--output_dir", tmp_path / "out", "--cache_dir",
                tmp_path / "cache", "--sweep", "hidden_size=32", "intermediate_size=64",
-               "per_device_train_batch_size=4", "train_batch_rows=4", "--probe", small_glue(tmp_path / "glue"),
+               "per_device_train_batch_size=4", "--probe", small_glue(tmp_path / "glue"),
                "--probe_seeds", "1"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), env=python_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,8 @@
 """The Trainer under its clock: stopping, following, resuming, skipping - with any model."""
 
 import copy
+import dataclasses
+import errno
 import functools
 import json
 import math
@@ -8,6 +10,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -48,7 +51,7 @@ from hf_cram.checkpointing import (
     publish_checkpoint,
 )
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
-from hf_cram.hardware import MicroBatchMemoryError
+from hf_cram.hardware import RESET_PEAK, MicroBatchMemoryError
 from hf_cram.modeling_crammed_bert import eager_attention_forward
 from hf_cram.output_folder import move_earlier_run_aside
 from hf_cram.row_stream import RowStream
@@ -218,8 +221,6 @@ def test_speeds_are_counts_over_the_clocks_seconds(tiny_config, tokenizer, tmp_p
     for entry in logged:
         assert entry["model_flops_per_second"] == pytest.approx(flops)
         assert entry["matmul_peak_share"] == pytest.approx(flops / peak)
-    weights_and_moments = 3 * sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    assert metrics["peak_memory_bytes"] > weights_and_moments
 
 
 class Look(TrainerCallback):
@@ -259,13 +260,14 @@ def test_the_trainers_own_speed_follows_the_ramp_too(tiny_config, tokenizer, tmp
     )
 
 
+@pytest.mark.skipif(not os.access(RESET_PEAK, os.W_OK), reason="the system cannot count the peak anew")
 def test_peak_memory_is_that_of_the_training(tiny_config, tokenizer, tmp_path):
     before = np.ones(100_000_000)  # 800 MB, as a preparation may have held
     del before
     trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1)
     trainer.train()
     resident = psutil.Process().memory_info().rss
-    assert trainer.budget_metrics()["peak_memory_bytes"] < resident + 400_000_000
+    assert resident / 2 < trainer.budget_metrics()["peak_memory_bytes"] < resident + 400_000_000
 
 
 def test_every_parameter_learns(tiny_config, tokenizer, tmp_path):
@@ -736,6 +738,27 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny_config, tokenizer, tmp_path,
     assert "was moved to" in caplog.text
 
 
+def test_another_programs_checkpoints_are_moved_aside(tiny_config, tokenizer, tmp_path):
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").write_text("theirs")
+    make_trainer(tiny_config, tokenizer, tmp_path / "out", max_steps=2, save_interval="100%").train()
+    assert (tmp_path / "out.previous-1" / "checkpoint-2" / "optimizer.pt").read_text() == "theirs"
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_file_system_whose_folders_cannot_be_flushed_will_do(tiny_config, tokenizer, tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    make_trainer(tiny_config, tokenizer, tmp_path, max_steps=2, save_interval="100%").train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
 def test_a_linked_output_folder_stays_a_link(tiny_config, tmp_path):
     (tmp_path / "disk").mkdir()
     out = tmp_path / "out"
@@ -963,13 +986,13 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize(
     ("held_out", "evaluations"),
-    [({"a": Rows(16, seed=1), "b": Rows(16, seed=2)}, []), (Stream(Rows(16, seed=1)), [2])],
+    [({"a": Rows(4, seed=1), "b": Rows(4, seed=2)}, []), (Stream(Rows(16, seed=1)), [2])],
     ids=["several", "stream"],
 )
 def test_the_first_evaluation_of_several_parts_and_of_a_stream(
     tiny_config, tokenizer, tmp_path, held_out, evaluations
 ):
-    """Of two parts 32 rows are foreseen to take 11 seconds, more than the budget has left; of a stream nothing is."""
+    """With 4 seconds left, one part of 4 rows would take 2.8 and both 5.6; of a stream nothing is foreseen."""
     clock = FakeClock()
     trainer = make_trainer(
         tiny_config, tokenizer, tmp_path, clock=clock, callbacks=[Pass(clock, 4.0)], held_out=held_out,
@@ -1189,6 +1212,7 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"time_budget": "5s", "fp16_full_eval": True}, "fp16_full_eval has no place here"),
         ({"time_budget": "5s", "load_best_model_at_end": True}, "the last model is the result"),
         ({"time_budget": "5s", "hub_strategy": "all_checkpoints"}, "use every_save or end"),
+        ({"time_budget": "5s", "dataloader_in_order": False, "dataloader_num_workers": 1}, "would change which rows"),
         ({"time_budget": "5s", "hub_always_push": True}, "the newest checkpoint waits"),
         ({"time_budget": "5s", "auto_find_batch_size": True}, "set per_device_train_batch_size"),
         ({"time_budget": "5s", "muon_learning_rate": 0.0}, "muon_learning_rate must be above 0"),
@@ -1340,6 +1364,12 @@ def test_the_launchers_choices_count_where_nothing_else_is_told(
     assert trainer.accelerator.mixed_precision == precision
     assert trainer.accelerator.state.dynamo_plugin.backend == DynamoBackend(backend)
     assert (trainer.args.bf16, trainer.args.torch_compile) == (precision == "bf16", backend != "NO")
+
+
+def test_arguments_that_were_measured_can_be_copied(tiny_config, tokenizer, tmp_path):
+    first = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1, torch_compile=False).args
+    copied = dataclasses.replace(first, output_dir=str(tmp_path / "second"))
+    assert (copied.torch_compile, copied.torch_compile_backend) == (False, "no")
 
 
 def test_torch_compile_without_a_compiler_is_one_line(tiny_config, tokenizer, tmp_path, monkeypatch):

@@ -24,7 +24,8 @@ def reading_errors() -> tuple[type[Exception], ...]:
 
     # A type error is a column that changes its type on the way.
     own = (OSError, EOFError, RuntimeError, TypeError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
-    return DatasetsError, HTTPError, yaml.YAMLError, *own  # YAML: the front matter of a card
+    # YAML: the front matter of a card; an import: what a proxy needs.
+    return DatasetsError, HTTPError, yaml.YAMLError, ImportError, *own
 
 
 def place_of(name: str) -> str:

@@ -62,7 +62,7 @@ def _expand(pattern: str) -> list[Path]:
         if not found:
             raise DataError(f"{path}: the folder holds no text file ({', '.join(TEXT_SUFFIXES)}, also .gz, .zst)")
         if len(found) < len(files):
-            others = sorted({file.suffix or file.name for file in files} - {file.suffix for file in found})
+            others = sorted({file.suffix or file.name for file in files if format_suffix(file) not in TEXT_SUFFIXES})
             logger.warning(
                 "%s: %d files of no known format are passed over (%s)",
                 path, len(files) - len(found), shortened(", ".join(others)),

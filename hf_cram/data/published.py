@@ -37,7 +37,8 @@ NO_SETTING_OF_ROWS = frozenset(
 FROM_THE_CORPUS = frozenset(
     {"dataset_name", "dataset_config_name", "dataset_revision", "max_seq_length", "vocab_size", "tokenizer_name"}
 )
-READING = frozenset({"max_seq_length", "row_order"})
+# What counts when it is asked for though it is a default: how rows are read, and not how they were made.
+ASKED_OF_ROWS = frozenset({"max_seq_length", "row_order"})
 LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,:'\"]+/)+")
 LONGEST_PATH = 200
 
@@ -83,7 +84,7 @@ def find_published_corpus(
         is_described = _is_ours(path)
     except EntryNotFoundError:
         is_described = False
-    except (HTTPError, OSError, ValueError):
+    except (HTTPError, ImportError, OSError, ValueError):
         return None  # the reader of text says why
     if not is_described and not _has_rows(name, config_name, revision, text_column):
         return None
@@ -169,8 +170,9 @@ class PublishedCorpus:
         it is `given` and says how rows are read: their length and order.
         """
         made_with = self.description.get("settings", {})
-        changed = row_settings(arguments, READING & set(given))
-        known = {"row_order": "none", **made_with, "max_seq_length": self.max_seq_length}
+        changed = row_settings(arguments, ASKED_OF_ROWS & set(given))
+        row_order = self.description.get("statistics", {}).get("row_scores", {}).get("row_order", "none")
+        known = {**made_with, "row_order": row_order, "max_seq_length": self.max_seq_length}
         wrong = {
             name: value for name, value in changed.items()
             if name not in FROM_THE_CORPUS - {"max_seq_length"} and known.get(name) != value

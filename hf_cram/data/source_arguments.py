@@ -140,8 +140,8 @@ class SourceArguments(SourceSettings):
 
     @property
     def hub_names(self) -> list[str]:
-        """The data sets of the text that are on the Hub, for cards."""
-        names = [source.dataset_name for source in self.named_sources().values()]
+        """The data sets of the text that are on the Hub, each once, for cards."""
+        names = dict.fromkeys(source.dataset_name for source in self.named_sources().values())
         return [name for name in names if name not in (None, INSTALLED_DOCS) and not _is_there(str(name))]
 
 

@@ -405,7 +405,7 @@ def test_the_arguments_of_a_program_push_the_same(pushed, call, server, corpus, 
 
 FAULTS = {
     "token": (Fault("/api/repos/create", 401), "the token is not valid (401): set HF_TOKEN"),
-    "forbidden": (Fault("/commit/", 403), "the token may not write to me/faulty (403): take one that may, or another"),
+    "forbidden": (Fault("/commit/", 403), "the token may not write to me/faulty (403"),
     "missing": (Fault("/preupload/", 404), "there is no me/faulty at main that the token can see (404)"),
     "busy": (Fault("/commit/", 429), "the Hub asks for fewer requests (429)"),
     "broken": (Fault("/preupload/", 500), "the Hub answers 500"),

@@ -262,10 +262,10 @@ def test_what_a_folder_holds_besides_is_said(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("A text.\n")
     assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt"]
     assert not caplog.messages
-    for name in ("b.jsonl.bz2", "c.txt.bz2", "d.pdf", "NOTES"):
+    for name in ("b.jsonl.bz2", "c.txt.bz2", "d.pdf", "NOTES", "e.tar.gz", "f.jsonl.gz"):
         (tmp_path / name).touch()
-    assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt"]
-    assert caplog.messages == [f"{tmp_path}: 4 files of no known format are passed over (.bz2, .pdf, NOTES)"]
+    assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt", tmp_path / "f.jsonl.gz"]
+    assert caplog.messages == [f"{tmp_path}: 5 files of no known format are passed over (.bz2, .gz, .pdf, NOTES)"]
     (tmp_path / "e.parquet.gz").touch()
     with pytest.raises(DataError, match=r"e.parquet.gz: parquet is compressed within: unpack the file"):
         expand_files([str(tmp_path)])
