@@ -26,15 +26,15 @@ from hf_cram.hardware_choices import check_device
 from hf_cram.hub import HubTarget, push_or_warn
 from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
 from hf_cram.recipes import RecipeParser
-from hf_cram.script_args import CardArguments
+from hf_cram.script_args import FineTunedCardArguments
 
 logger = logging.getLogger("hf_cram")
 
 
 def main() -> None:
-    parser = RecipeParser((EncoderArguments, GlueArguments, FineTuningArguments, CardArguments))
+    parser = RecipeParser((EncoderArguments, GlueArguments, FineTuningArguments, FineTunedCardArguments))
     encoder, glue, training_args, card = parser.parse(sys.argv[1:])
-    of_card = [spec.name for spec in fields(CardArguments) if spec.name in parser.given]
+    of_card = [spec.name for spec in fields(card) if spec.name in parser.given]
     if of_card and not glue.uses_own_data:
         parser.error(f"{of_card[0]} is for the card of a model of your own data: leave it out")
     check_device(training_args)
@@ -45,8 +45,7 @@ def main() -> None:
     if training_args.device.type == "cpu":
         use_all_cores(os.environ)
 
-    told = {name.removeprefix("model_") for name in of_card}
-    run = GlueRun(encoder, glue, training_args, {name: value for name, value in card.metadata.items() if name in told})
+    run = GlueRun(encoder, glue, training_args, card.metadata)
     shared_folder = run.shared_folder
     if training_args.push_to_hub and shared_folder is None:
         raise GlueError(

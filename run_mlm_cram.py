@@ -156,7 +156,8 @@ def check_same_rows(corpus: PreparedCorpus) -> None:
 def limit_of_the_resumed(training_args: CramTrainingArguments) -> int | None:
     """
     The tokens that the run to resume has read its text for: with another budget, or at another speed, it goes on with the
-    same rows. Raises [`CheckpointError`] for a folder that is no checkpoint.
+    same rows. A checkpoint that a kill has left half replaced is put back first. Raises [`CheckpointError`] for a folder
+    that is no checkpoint, or is another run's.
     """
     output_dir, resumed = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     if resumed and output_dir.is_dir():

@@ -423,13 +423,14 @@ def print_probe(title: str, scores: dict) -> None:
 
 
 def set_earlier_aside(output_dir: Path) -> None:
-    """Number what an earlier comparison in the folder has found: `results-1.json`."""
-    for name in ("results.json", "runs.jsonl", "curves.png"):
-        path, number = output_dir / name, 1
+    """Number what an earlier comparison in the folder has found, alike: `results-1.json`, `runs-1.jsonl`."""
+    paths = [output_dir / name for name in ("results.json", "runs.jsonl", "curves.png")]
+    number = 1
+    while any(path.with_stem(f"{path.stem}-{number}").exists() for path in paths):
+        number += 1
+    for path in paths:
         if path.exists():
-            while (numbered := path.with_stem(f"{path.stem}-{number}")).exists():
-                number += 1
-            path.rename(numbered)
+            path.rename(path.with_stem(f"{path.stem}-{number}"))
 
 
 def report(runs: dict[str, list[dict]], output_dir: Path, timed: bool = True) -> dict:
@@ -580,7 +581,6 @@ def main() -> None:
     )  # fmt: skip
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    set_earlier_aside(output_dir)
     arms = {}
     for arm, point in itertools.product(options.arms.split(","), parse_overrides(options.sweep)):
         name = " ".join([arm, *(f"{key}={value}" for key, value in point.items())])
@@ -594,6 +594,7 @@ def main() -> None:
     }  # fmt: skip
     jobs = {name: {**job, "arm": arm} for name, arm in arms.items()}
     check_arms(jobs, corpus.tokenizer)
+    set_earlier_aside(output_dir)
     save_models = options.save_models or options.probe is not None
     runs = run_all(jobs, options.seeds, output_dir, options.first_seed, save_models, options.at_once)
     timed = options.at_once == 1

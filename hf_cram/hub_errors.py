@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from httpx2 import InvalidURL
 from huggingface_hub import get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
@@ -32,6 +33,20 @@ class HubError(RuntimeError):
         super().__init__(message)
         self.is_final = is_final
         self.retry_after_seconds = retry_after_seconds
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in its first line, and nothing of a token or of a proxy's password."""
+    if isinstance(error, InvalidURL):
+        return "the address of a proxy is not valid: look at ALL_PROXY and HTTPS_PROXY"
+    if _tells_token(error):
+        return "the token holds characters that cannot be sent: set HF_TOKEN anew, or run `hf auth login`"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _tells_token(error: BaseException) -> bool:
+    return "Illegal header" in str(error)
 
 
 def explain(
@@ -81,12 +96,12 @@ def _explain_without_answer(error: BaseException) -> HubError:
         return HubError("offline mode is on: unset HF_HUB_OFFLINE")
     if isinstance(error, OSError) and error.filename is not None:
         return HubError(f"{error.filename}: {error.strerror}")
-    if "Illegal header" in str(error):  # which would be told whole
-        return HubError("the token holds characters that cannot be sent: set HF_TOKEN anew, or run `hf auth login`")
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, ImportError | InvalidURL) or _tells_token(error):
+        return HubError(first_line(error))
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-        return HubError("; ".join(lines))  # about what was sent: a card with bad metadata, a name that cannot be
-    return HubError(f"the Hub cannot be reached ({lines[0]})", is_final=False)
+        # About what was sent: a card with bad metadata, a name that cannot be.
+        return HubError("; ".join(str(error).strip().splitlines()) or type(error).__name__)
+    return HubError(f"the Hub cannot be reached ({first_line(error)})", is_final=False)
 
 
 def with_retries(
@@ -107,7 +122,8 @@ def with_retries(
             with _one_voice(silence_seconds):
                 return action()
         # The client raises HTTP and system errors, its storage backend RuntimeErrors, bad answers are ValueErrors.
-        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # A proxy that cannot be is an address that is none, or needs another package.
+        except (HTTPError, ImportError, InvalidURL, OSError, RuntimeError, ValueError) as error:
             failure = explain_error(error)
             if failure.is_final or seconds is None or wait(max(seconds, failure.retry_after_seconds)):
                 raise failure from error
@@ -119,10 +135,7 @@ def _one_voice(silence_seconds: float) -> Iterator[None]:
     """Keep the client from warning of its own retries, since the caller tells how it went, or from waiting forever."""
 
     def impatient_client() -> Any:
-        try:
-            client = default_client_factory()
-        except Exception as error:  # no narrower class: a proxy that cannot be, or needs another package
-            raise ValueError(f"{' '.join(str(error).split())}: look at ALL_PROXY and HTTPS_PROXY") from error
+        client = default_client_factory()
         client.timeout = silence_seconds
         return client
 

@@ -94,9 +94,10 @@ def use_all_cores(environment: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def threads_of_a_process(num_processes: int, device: torch.device) -> Iterator[None]:
-    """On a CPU, the threads that [`use_all_cores`] will give each of several processes."""
+    """On a CPU, the threads that [`use_all_cores`] will give each of several processes of one machine."""
     threads = torch.get_num_threads()
-    if num_processes > 1 and device.type == "cpu":
+    is_open = os.environ.get("OMP_NUM_THREADS") in (None, "1")
+    if num_processes > 1 and device.type == "cpu" and is_open:
         torch.set_num_threads(_share_of_cores(num_processes))
     try:
         yield

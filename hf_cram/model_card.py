@@ -181,12 +181,14 @@ def update_model_card(
 
 
 def card_metadata(folder: str | Path) -> dict[str, str | None]:
-    """`language` and `license` of the card in a model's folder; empty where there is none that can be read."""
+    """`language` and `license` by the card in a model's folder; empty where there is none that can be read."""
     try:
         data = _read_card(Path(folder) / CARD_NAME).data
     except (OSError, ModelCardError):
         return {}
-    return {name: data[name] for name in ("language", "license") if data.get(name) is not None}
+    told = {name: data.get(name) for name in ("language", "license")}
+    # A bare `no`, Norwegian, is false in YAML.
+    return {name: "no" if value is False else value for name, value in told.items() if value is not None}
 
 
 def _read_card(path: Path) -> ModelCard:
@@ -241,9 +243,9 @@ def _marked(name: str, text: str) -> str:
 def _replace_section(body: str, name: str, text: str) -> str:
     """`body` with the section of that name replaced, or appended where its marks are not there."""
     opening, closing = _marked(name, "").splitlines()
-    head, closed, after = body.partition(closing)
-    before, opened, _ = head.rpartition(opening)  # the last: a person may have lost an earlier one's end
-    if not (closed and opened):
+    before, opened, rest = body.rpartition(opening)  # the last: a person may have lost one mark of an earlier one
+    _, closed, after = rest.partition(closing)
+    if not (opened and closed):
         return f"{body.rstrip()}\n\n{_marked(name, text)}\n"
     return f"{before}{_marked(name, text)}{after}"
 

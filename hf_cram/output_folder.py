@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .checkpointing import CheckpointError, complete_checkpoints, read_clock, step_of
+from .checkpointing import CheckpointError, read_clock, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,12 @@ def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> Path | No
     Returns where they went, `<output_dir>/set-aside-N`, or `None` where there were none.
     """
     step = step_of(checkpoint.resolve()) if checkpoint.resolve().parent == output_dir.resolve() else -1
-    return set_aside([folder for folder in complete_checkpoints(output_dir) if step_of(folder) > step], output_dir)
+    return set_aside([folder for folder in _checkpoints_of_anyone(output_dir) if step_of(folder) > step], output_dir)
+
+
+def _checkpoints_of_anyone(output_dir: Path) -> list[Path]:
+    """Folders named like checkpoints, another program's too: one of a step that this run saves would be lost."""
+    return sorted(path for path in output_dir.glob("checkpoint-*/") if step_of(path) >= 0 and any(path.iterdir()))
 
 
 def set_aside(paths: Sequence[Path], output_dir: Path) -> Path | None:
@@ -93,9 +98,7 @@ def move_earlier_run_aside(output_dir: Path) -> Path | None:
     """
     has_clock = read_clock(output_dir) is not None
     has_model = holds_model(output_dir)
-    # Another program's checkpoint of a step that this run will save is lost as well.
-    has_checkpoint = any(step_of(folder) >= 0 and any(folder.iterdir()) for folder in output_dir.glob("checkpoint-*/"))
-    if not (has_clock or has_model or has_checkpoint):
+    if not (has_clock or has_model or _checkpoints_of_anyone(output_dir)):
         return None
     way_out = "name another --output_dir"
     if has_clock:

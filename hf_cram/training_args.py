@@ -81,7 +81,8 @@ class OpenPrecisionArguments(TrainingArguments):
         launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
         if self.torch_compile_backend == "no":  # of arguments that were copied
             self.torch_compile_backend = None
-        if self.torch_compile is None and launcher != "no":  # counts as told, as its --mixed_precision does
+        is_open = self.torch_compile is None and self.torch_compile_backend is None
+        if is_open and launcher != "no":  # counts as told, as its --mixed_precision does
             self.torch_compile, self.torch_compile_backend = True, launcher
         try:
             super().__post_init__()

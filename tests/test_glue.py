@@ -1031,7 +1031,10 @@ def test_ctrl_c_keeps_the_finished_pairs(monkeypatch, capsys, glue_data, model_f
     assert len((tmp_path / "out" / "glue_runs.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("told", "expected"), [([], "eager"), (["--torch_compile", "false"], "no")])
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [([], "eager"), (["--torch_compile", "false"], "no"), (["--torch_compile_backend", "aot_eager"], "aot_eager")],
+)
 def test_the_launchers_compiling_counts_unless_told(monkeypatch, glue_data, model_folder, tmp_path, told, expected):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     backends = []

@@ -207,16 +207,17 @@ def test_update_keeps_what_a_person_has_written(tmp_path):
     assert ("nyu-mll/glue", "stsb", "validation", "pearson") in metrics_of(card)
 
 
-def test_a_section_that_has_lost_its_end_takes_nothing_with_it(tmp_path):
+@pytest.mark.parametrize(("lost", "left"), [("end of glue", "glue"), ("glue", "end of glue")])
+def test_a_section_that_has_lost_a_mark_takes_nothing_with_it(tmp_path, lost, left):
     save_model_card(build(), tmp_path)
     card = tmp_path / "README.md"
-    card.write_text(card.read_text().replace("<!-- hf_cram: end of glue -->", "My notes."))
-    for _ in range(2):
+    card.write_text(card.read_text().replace(f"<!-- hf_cram: {lost} -->", "My notes."))
+    for _ in range(3):
         update_model_card(tmp_path, PARTIAL_GLUE)
     text = card.read_text()
     assert "My notes." in text
     assert "## How to load" in text
-    assert text.count("<!-- hf_cram: end of glue -->") == 1
+    assert (text.count(f"<!-- hf_cram: {lost} -->"), text.count(f"<!-- hf_cram: {left} -->")) == (1, 2)
 
 
 def test_no_card_or_a_broken_one(tmp_path):

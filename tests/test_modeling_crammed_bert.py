@@ -260,6 +260,24 @@ def test_default_is_the_papers_final_model():
     assert {name: values[name] for name in PAPER} == PAPER
 
 
+def test_pruned_heads_train_at_masked_positions(tiny_config):
+    """Half of the heads taken out of every layer: fused and output projection are narrower than the hidden size."""
+    model = CrammedBertForMaskedLM(changed(tiny_config, initializer_range=0.3))
+    for layer in model.model.layers:
+        attention = layer.attention
+        whole = attention.query_key_value.weight.unflatten(0, (3, -1))[:, : tiny_config.hidden_size // 2]
+        attention.query_key_value = torch.nn.Linear(
+            tiny_config.hidden_size, whole.shape[0] * whole.shape[1], bias=False
+        )
+        attention.query_key_value.weight.data = whole.flatten(0, 1).detach()
+        output = attention.dense.weight[:, : tiny_config.hidden_size // 2].detach()
+        attention.dense = torch.nn.Linear(output.shape[1], output.shape[0], bias=False)
+        attention.dense.weight.data = output
+    input_ids, labels, positions = masked_batch()
+    sparse = model.train()(input_ids=input_ids, labels=labels, masked_positions=positions).loss
+    torch.testing.assert_close(sparse, model(input_ids=input_ids, labels=labels).loss)
+
+
 def test_sdpa_and_eager_agree_on_masks_of_booleans(tiny_config):
     """Packed rows that see their own document alone: (B, 1, L, L), true where a token may look."""
     input_ids = masked_batch()[0]

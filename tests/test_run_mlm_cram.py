@@ -275,6 +275,9 @@ def test_a_resumed_run_reads_its_text_for_the_same_tokens(tmp_path):
     assert limit(resume_from_checkpoint="true") == 5000
     assert limit(resume_from_checkpoint=str(tmp_path / "checkpoint-7")) == 5000
     assert limit() is None
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / "checkpoint-7").rename(tmp_path / ".saving" / "replaced-checkpoint-7")
+    assert limit(resume_from_checkpoint="true") == 5000
     with pytest.raises(CheckpointError, match="no checkpoint folder .*checkpoint-8"):
         limit(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 

@@ -161,12 +161,13 @@ def test_a_mistake_in_an_arm_shows_before_the_first_run(tokenizer, tmp_path, arm
 
 
 def test_an_earlier_comparison_in_the_folder_is_kept(tmp_path):
-    for content in ("first", "second"):
+    for content, names in (("stopped", ["runs.jsonl"]), ("whole", ["runs.jsonl", "results.json"])):
         speedrun.set_earlier_aside(tmp_path)
-        (tmp_path / "results.json").write_text(content)
+        for name in names:
+            (tmp_path / name).write_text(content)
     speedrun.set_earlier_aside(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "results-1.json": "first", "results-2.json": "second"
+        "runs-1.jsonl": "stopped", "runs-2.jsonl": "whole", "results-2.json": "whole"
     }  # fmt: skip
 
 

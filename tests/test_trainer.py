@@ -746,6 +746,16 @@ def test_another_programs_checkpoints_are_moved_aside(tiny_config, tokenizer, tm
     assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_another_programs_checkpoint_is_set_aside_on_resuming(tiny_config, tokenizer, tmp_path):
+    settings = {"max_steps": 4, "save_interval": "50%"}
+    make_trainer(tiny_config, tokenizer, tmp_path, callbacks=[StopAt(2)], **settings).train()
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_text("theirs")
+    make_trainer(tiny_config, tokenizer, tmp_path, **settings).train(resume_from_checkpoint=True)
+    assert (tmp_path / "set-aside-1" / "checkpoint-4" / "optimizer.pt").read_text() == "theirs"
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+
+
 def test_a_file_system_whose_folders_cannot_be_flushed_will_do(tiny_config, tokenizer, tmp_path, monkeypatch):
     flush = os.fsync
 

@@ -5,6 +5,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 
+from ..hub_errors import first_line as first_line  # of any error, and safe for the Hub's
+
 logger = logging.getLogger(__name__)
 
 NAME_CHARACTERS = 60
@@ -41,12 +43,6 @@ class SkipReport:
         for reason, count in sorted(self.counts.items()):
             place = self.first_places.get(reason)  # unknown where the counts come from a cache
             logger.warning("%d documents skipped: %s%s", count, reason, f" (first: {place})" if place else "")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def system_cause(error: BaseException) -> str:

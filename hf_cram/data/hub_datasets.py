@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 import zstandard
+from httpx2 import InvalidURL
 from huggingface_hub.errors import HTTPError
 
 from .errors import DataError, SkipReport, first_line, system_cause
@@ -24,8 +25,8 @@ def reading_errors() -> tuple[type[Exception], ...]:
 
     # A type error is a column that changes its type on the way.
     own = (OSError, EOFError, RuntimeError, TypeError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
-    # YAML: the front matter of a card; an import: what a proxy needs.
-    return DatasetsError, HTTPError, yaml.YAMLError, ImportError, *own
+    # YAML: the front matter of a card; the others: of a proxy.
+    return DatasetsError, HTTPError, yaml.YAMLError, ImportError, InvalidURL, *own
 
 
 def place_of(name: str) -> str:
@@ -116,9 +117,9 @@ def fingerprint_hub_dataset(dataset: Any, name: str, revision: str | None) -> st
 
     try:
         return str(HfApi().dataset_info(name, revision=revision).sha)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, ImportError, InvalidURL, OSError) as error:
         raise DataError(
-            f"data set {name!r}: its revision cannot be asked for ({error}); set streaming: false"
+            f"data set {name!r}: its revision cannot be asked for ({first_line(error)}); set streaming: false"
         ) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from httpx2 import InvalidURL
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
@@ -84,7 +85,7 @@ def find_published_corpus(
         is_described = _is_ours(path)
     except EntryNotFoundError:
         is_described = False
-    except (HTTPError, ImportError, OSError, ValueError):
+    except (HTTPError, ImportError, InvalidURL, OSError, ValueError):
         return None  # the reader of text says why
     if not is_described and not _has_rows(name, config_name, revision, text_column):
         return None
