@@ -15,19 +15,19 @@ import argparse
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
+from hf_cram.hardware import forget_peak_memory, peak_memory_bytes
 from hf_cram.memory import TrainingSetup, estimate_training_memory
 from hf_cram.trainer import CramTrainer
 from hf_cram.training_args import CramTrainingArguments
@@ -42,19 +42,14 @@ SHAPES = {
 }
 CASES = ("small-16", "small-64", "small-128", "small-64-accumulating", "medium-16", "medium-32-accumulating")
 GPU_CASES = ("medium-64", "paper-64", "paper-256", "paper-256-accumulating", "paper-512")
-ON_GPU = torch.cuda.is_available()
+ON_GPU, CPU = torch.cuda.is_available(), torch.device("cpu")
 # Freed tensors go back to the system at once: what is measured is what lives, not what the allocator keeps.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def read_status(name: str) -> int:
-    """VmRSS (now) or VmHWM (highest) of this process in bytes."""
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
 def highest_bytes() -> int:
     """Most memory that was taken since the last [`restart_highest`]."""
-    return torch.cuda.max_memory_allocated() if ON_GPU else read_status("VmHWM")
+    return torch.cuda.max_memory_allocated() if ON_GPU else peak_memory_bytes(CPU)
 
 
 def restart_highest() -> int:
@@ -63,8 +58,8 @@ def restart_highest() -> int:
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return read_status("VmRSS")
+    forget_peak_memory(CPU)
+    return psutil.Process().memory_info().rss
 
 
 class StepMeter(TrainerCallback):

@@ -45,7 +45,7 @@ from .glue_outputs import (
     write_predictions,
     write_submission,
 )
-from .model_card import ModelCardError, build_fine_tuned_card, card_metadata, save_model_card, update_model_card
+from .model_card import ModelCardError, build_fine_tuned_card, read_card_metadata, save_model_card, update_model_card
 from .output_folder import first_free
 
 logger = logging.getLogger(__name__)
@@ -472,5 +472,5 @@ class GlueRun:
             "random weights" if self.encoder.from_scratch else self.model_name,
             results,
             base_model=name if is_of_hub else None,
-            metadata={**card_metadata(name), **self.card_metadata},
+            metadata={**read_card_metadata(name), **self.card_metadata},
         )

@@ -13,6 +13,8 @@ from typing import NoReturn
 import psutil
 import torch
 
+from .data.workers import available_workers
+
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LAUNCHERS = ("accelerate", "accelerate-launch")
 MPI_PREFIXES = ("OMPI_", "PMI_", "MPI_", "MV2_")
@@ -106,5 +108,4 @@ def threads_of_a_process(num_processes: int, device: torch.device) -> Iterator[N
 
 
 def _share_of_cores(num_processes: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_processes)
+    return max(1, available_workers(None) // num_processes)

@@ -180,7 +180,7 @@ def update_model_card(
     return True
 
 
-def card_metadata(folder: str | Path) -> dict[str, str | None]:
+def read_card_metadata(folder: str | Path) -> dict[str, str | None]:
     """`language` and `license` by the card in a model's folder; empty where there is none that can be read."""
     try:
         data = _read_card(Path(folder) / CARD_NAME).data

@@ -54,8 +54,8 @@ class SourceSettings:
         self.dataset_config_name = language_code(self.dataset_config_name)
         if self.dataset_name is not None and self.train_files:
             raise DataError(
-                "dataset_name and train_files are both set: name one source of text (--dataset_name none or --train_files none leaves a "
-                "recipe's out), or a mix with sources"
+                "dataset_name and train_files are both set: name one source of text (--dataset_name none or --train_files "
+                "none leaves a recipe's out), or a mix with sources"
             )
         if self.text_file_documents not in ("line", "blank_line"):
             raise DataError(f"text_file_documents must be 'line' or 'blank_line', got {self.text_file_documents!r}")
