@@ -30,11 +30,11 @@ test-kill:
 	pytest -m slow tests/test_run_mlm_cram.py -k killed
 
 benchmark-data:
-	python benchmarks/data_pipeline.py
+	python benchmarks/data_pipeline.py --text $(BOOKS)
 
 benchmark-deduplication:
-	python benchmarks/deduplication.py --copies 2
-	python benchmarks/deduplication.py --copies 11
+	python benchmarks/deduplication.py --text $(BOOKS) --copies 2
+	python benchmarks/deduplication.py --text $(BOOKS) --copies 11
 
 benchmark-memory:
 	python benchmarks/memory.py
@@ -47,7 +47,7 @@ benchmark-startup:
 
 # Both need the quickstart's model in out/quickstart.
 benchmark-glue:
-	python benchmarks/glue.py
+	python benchmarks/glue.py --glue_data $(GLUE_DATA)
 
 benchmark-minimal-pairs:
 	python benchmarks/minimal_pairs.py

@@ -17,7 +17,7 @@ import datasets
 
 import hf_cram  # noqa: F401 registers the crammed BERT with the Auto classes
 from hf_cram.data.errors import first_line
-from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
+from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments, check_given
 from hf_cram.glue import GlueError
 from hf_cram.glue_outputs import RESULTS_NAME, results_table
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
@@ -35,8 +35,11 @@ def main() -> None:
     parser = RecipeParser((EncoderArguments, GlueArguments, FineTuningArguments, FineTunedCardArguments))
     encoder, glue, training_args, card = parser.parse(sys.argv[1:])
     of_card = [spec.name for spec in fields(card) if spec.name in parser.given]
-    if of_card and not glue.uses_own_data:
-        parser.error(f"{of_card[0]} is for the card of a model of your own data: leave it out")
+    if of_card and not (glue.uses_own_data and glue.keeps_models):
+        parser.error(f"{of_card[0]} is for the card of a model of your own data that is kept: leave it out")
+    if "search_seeds" in parser.given and not glue.searches:
+        parser.error("search_seeds is for a search: set search_learning_rate or the like with it, or leave it out")
+    check_given(parser.given, training_args)
     check_device(training_args)
     is_main = training_args.process_index == 0
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -73,7 +76,8 @@ def explain(error: BaseException) -> str:
     """What ended the run, in one line."""
     if is_out_of_memory(error):
         return (
-            "out of memory: lower --per_device_train_batch_size or --max_seq_length, and --per_device_eval_batch_size"
+            "out of memory: lower --per_device_train_batch_size (of a search --search_batch_size) or --max_seq_length, and "
+            "--per_device_eval_batch_size"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

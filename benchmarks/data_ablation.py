@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import speedrun
+from command_line import check_file, choose, run_main
 
 from hf_cram.budget import parse_duration
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
@@ -72,9 +73,10 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--output_dir", type=Path, required=True)
     options = parser.parse_args()
-    unknown = set(options.arms.split(",")) - set(ARMS)
-    if unknown:
-        parser.error(f"no arm {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
+    names = choose(parser, "--arms", options.arms, ARMS)
+    check_file(parser, "--clean", options.clean)
+    check_file(parser, "--noisy", options.noisy)
+    arm, budget = speedrun.split_fields(speedrun.read_arm(options.recipe)), parse_duration(options.time_budget)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     mix, held_out = build_texts(options.clean, options.noisy, options.output_dir)
     common = {"max_seq_length": LENGTH, "cache_dir": str(options.output_dir / "cache")}
@@ -83,19 +85,18 @@ def main() -> None:
     # Its training rows are what every arm is measured on: nearly all of the clean text that was held out.
     measured = prepare_corpus(DataArguments(train_files=[str(held_out)], eval_rows=1, **common))
 
-    recipe = speedrun.read_arm(options.recipe)
     jobs = {}
-    for name in options.arms.split(","):
+    for name in names:
         corpus = prepare_corpus(DataArguments(train_files=[str(mix)], eval_rows=1, **common, **ARMS[name]))
-        arm = speedrun.split_fields(recipe)
-        if "row_order" in ARMS[name]:
-            arm["training"]["train_sampling_strategy"] = "sequential"
+        order = {"train_sampling_strategy": "sequential"} if "row_order" in ARMS[name] else {}
+        ordered = {**arm, "training": {**arm["training"], **order}}
         print(f"{name}: {len(corpus.train_dataset):,} rows, dropped {corpus.statistics['dropped']}", flush=True)
         jobs[name] = {
-            "arm": arm, "corpus": str(corpus.directory), "eval_file": str(measured.directory / "train.bin"),
+            "arm": ordered, "corpus": str(corpus.directory), "eval_file": str(measured.directory / "train.bin"),
             "length": LENGTH, "eval_rows": EVAL_ROWS, "max_steps": 0, "use_cpu": True, "count_compile": False,
-            "time_budget_seconds": parse_duration(options.time_budget), "output_dir": str(options.output_dir),
+            "time_budget_seconds": budget, "output_dir": str(options.output_dir),
         }  # fmt: skip
+    speedrun.check_arms(jobs, measured.tokenizer)
     summary = speedrun.report(speedrun.run_all(jobs, options.seeds, options.output_dir), options.output_dir)
     base = statistics.median(summary["arms"][summary["rival"]]["final_loss"])
     for name, arm in summary["arms"].items():
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -31,6 +31,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from command_line import check_file, choose, run_main
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_TEXT = REPOSITORY.parent / "shared" / "data" / "classic_books.parquet"
 DEFAULT_CACHE = Path.home() / ".cache" / "hf_cram_benchmarks"
@@ -60,8 +62,8 @@ def build_text(source: Path, gigabytes: float, cache: Path) -> Path:
     folder = cache / f"{source.stem}-{stamp.st_size}-{stamp.st_mtime_ns}-{gigabytes:g}GB"
     if folder.is_dir():
         return folder
-    staged = Path(tempfile.mkdtemp(dir=cache))
     documents = pq.read_table(source, columns=["text"]).column(0).to_pylist()
+    staged = Path(tempfile.mkdtemp(dir=cache))
     written, copy = 0.0, 0
     while written < gigabytes * 1e9:
         rng = np.random.default_rng(copy)
@@ -383,8 +385,10 @@ def main() -> None:
     if options.arm:
         print(json.dumps(measure(options.arm, options.text, options.work, options.processes)))
     else:
+        choose(parser, "--arms", options.arms, ARMS)
+        check_file(parser, "--text", options.text)
         report(options)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
+from command_line import check_file, run_main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_TEXT = REPOSITORY.parent / "shared" / "data" / "classic_books.parquet"
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the text and what is sorted; default: the system's")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    check_file(parser, "--text", options.text)
     if options.measure:
         print(json.dumps(measure(options.measure, options.text, options.min_bytes, options.memory_mb)))
     else:
@@ -145,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

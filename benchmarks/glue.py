@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from command_line import choose, run_main
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 from transformers.utils import logging as transformers_logging
 
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    names = choose(parser, "--tasks", options.tasks, TASKS)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -69,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = FineTuningArguments(output_dir=folder, num_train_epochs=1, per_device_train_batch_size=BATCH_SIZE)
         tuner = FineTuner(encoder, args, tokenizer)
-        for name in options.tasks.split(","):
+        for name in names:
             task = encode_task(load_glue_task(TASKS[name], options.glue_data), tokenizer, 128, options.examples)
             task.validation.clear()
             task.test.clear()
@@ -86,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

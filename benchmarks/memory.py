@@ -22,6 +22,7 @@ import tempfile
 import numpy as np
 import psutil
 import torch
+from command_line import run_main
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -114,8 +115,11 @@ def train(config: CrammedBertConfig, micro_batch: int, micro_batches: int, compi
 
 
 def read_case(case: str) -> tuple[CrammedBertConfig, int, int]:
-    """Configuration, rows of a micro-batch, micro-batches of a step."""
-    shape, rows, *accumulating = case.split("-")
+    """Configuration, rows of a micro-batch, micro-batches of a step. Raises `ValueError` for what is no case."""
+    shape, _, rest = case.partition("-")
+    rows, *accumulating = rest.split("-")
+    if shape not in SHAPES or not rows.isdecimal() or int(rows) < 1 or accumulating not in ([], ["accumulating"]):
+        raise ValueError(f"--cases: {case!r} is not SHAPE-ROWS[-accumulating] with a shape of {', '.join(SHAPES)}")
     return build_config(SHAPES[shape]), int(rows), 2 if accumulating else 1
 
 
@@ -152,10 +156,13 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.compile)))
         return
+    cases = options.cases.split(",")
+    for case in cases:
+        read_case(case)
     print(
         f"{'case':<26}{'total MB':>10}{'calculated':>12}{'error':>8}{'':>8}{'step MB':>10}{'calculated':>12}{'error':>8}"
     )
-    for case in options.cases.split(","):
+    for case in cases:
         measured, calculated = run_case(case, options.compile), calculate(case)
         error = {name: calculated[name] / measured[name] - 1 for name in measured}
         verdict = "" if options.compile else "PASS" if abs(error["total"]) <= BAR else "MISSED"
@@ -166,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

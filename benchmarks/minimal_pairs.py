@@ -14,6 +14,7 @@ import statistics
 import time
 
 import torch
+from command_line import run_main
 
 from hf_cram.minimal_pair_sources import MinimalPair
 from hf_cram.minimal_pairs import load_model, make_fast, score_pairs
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

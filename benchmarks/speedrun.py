@@ -611,10 +611,6 @@ if __name__ == "__main__":
         job_file = Path(os.environ["HF_CRAM_JOB"])
         job_file.with_name("result.json").write_text(json.dumps(run_here(json.loads(job_file.read_text()))))
         sys.exit()
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("benchmarks/speedrun.py: stopped; finished runs are lines of runs.jsonl", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        sys.exit(f"benchmarks/speedrun.py: error: {' '.join(str(error).split())}")
+    from command_line import run_main
+
+    run_main(main, "finished runs are lines of runs.jsonl")

@@ -3,7 +3,7 @@ Seconds from the command to the first optimiser step, and from the command to th
 
     python benchmarks/startup.py [--rounds 3]
 
-Runs the quickstart without compile for one step, first to warm the cache, then timed; medians.
+Runs the quickstart by `python run_mlm_cram.py` without compile for one step, first to warm the cache, then timed; medians.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from command_line import run_main
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BARS = {"to the first step": 15.0, "to the start of training": 10.0}
 
@@ -25,7 +27,7 @@ def start_once(folder: str) -> dict[str, float]:
     command += ["--output_dir", f"{folder}/out", "--torch_compile", "false", "--max_steps", "1"]
     command += ["--save_interval", "100%"]
     started = time.time()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     state = json.loads((Path(folder) / "out" / "trainer_state.json").read_text())
     first = next(entry for entry in state["log_history"] if "loss" in entry)
     clock_started = json.loads((Path(folder) / "out" / "clock.json").read_text())["started_at"]
@@ -46,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -4,7 +4,8 @@ Training tokens/s of CramTrainer against transformers' own models in the plain T
     python benchmarks/throughput.py [--shapes small,base,gpu] [--rounds 3]
 
 Every measurement is a process of its own; the arms take turns; medians are compared. Each arm trains in bf16 and
-compiled, on the same rows of random tokens, with the same share of masked tokens. The crammed arm also times its bare
+compiled, on the same rows of random tokens, with the same share of masked tokens, and with the faster attention: on a CPU
+eager for the crammed model and ModernBERT, sdpa for BERT, which has dropout in it. The crammed arm also times its bare
 step (the same batches, model and optimiser without the Trainer) in turn with the Trainer's, in one process.
 """
 
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+
+from command_line import choose, run_main
 
 SHAPES = {
     "small": {"layers": 4, "hidden": 256, "heads": 4, "ffn": 1024, "micro_batch": 64, "steps": 20},
@@ -47,7 +50,8 @@ def build_rows(count: int):
 
 
 def build_model(arm: str, shape: dict):
-    from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+    import torch
+    from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, ModernBertConfig
 
     from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 
@@ -67,7 +71,10 @@ def build_model(arm: str, shape: dict):
     # ModernBERT counts the gate apart: so its feed-forward block has the matrices of the crammed one.
     common["intermediate_size"] = shape["ffn"] // 2
     special = {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
-    return ModernBertForMaskedLM(ModernBertConfig(**common, **special, sparse_prediction=True))
+    config = ModernBertConfig(**common, **special, sparse_prediction=True)
+    # CramTrainer chooses it for the crammed one.
+    attention = "sdpa" if torch.cuda.is_available() else "eager"
+    return AutoModelForMaskedLM.from_config(config, attn_implementation=attention)
 
 
 def synchronize() -> None:
@@ -176,10 +183,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arm", choices=ARMS, help="measure this arm here and print JSON")
     options = parser.parse_args()
+    shapes = choose(parser, "--shapes", options.shapes, SHAPES)
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
     if options.arm:
+        if len(shapes) > 1:
+            parser.error("--arm measures one of --shapes: name it")
         print(json.dumps(measure(options.arm, SHAPES[options.shapes])))
         return
-    for shape_name in options.shapes.split(","):
+    for shape_name in shapes:
         shape = SHAPES[shape_name]
         print(
             f"{shape_name}: {shape['layers']} layers x {shape['hidden']}, FFN {shape['ffn']}, vocabulary {VOCAB_SIZE},"
@@ -207,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import run_main
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
@@ -93,6 +94,7 @@ def frozen_scores(model, tokenizer, encoded: EncodedTask, data: TaskData) -> flo
 def probe(model_folder: str, glue_data: str, seeds: str, from_scratch: bool, tasks: str = TASKS) -> dict:
     """Scores by task: `{"frozen": {task: score}, "short": {task: [score of each seed]}, "seconds": ...}`."""
     started = time.monotonic()
+    chosen_seeds = parse_seeds("seeds", seeds)
     config = AutoConfig.from_pretrained(model_folder)
     # No row of pretraining begins with a token of its own: where the model has the choice, the mean is read.
     pooling = (
@@ -124,7 +126,7 @@ def probe(model_folder: str, glue_data: str, seeds: str, from_scratch: bool, tas
             encoded = encode_task(data, tokenizer, longest_example(encoder, tokenizer), MOST_EXAMPLES)
             frozen[task.name] = frozen_scores(model, tokenizer, encoded, data)
         with contextlib.redirect_stderr(io.StringIO()):  # one bar of the harness is enough
-            results = run.run(args, parse_seeds("seeds", seeds))
+            results = run.run(args, chosen_seeds)
     short = {task.name: results["tasks"][task.name][task.headline]["values"] for task in run.tasks}
     return {"frozen": frozen, "short": short, "seconds": time.monotonic() - started}
 
@@ -138,6 +140,8 @@ def main() -> None:
     parser.add_argument("--from_scratch", action="store_true", help="random weights of the same shape")
     parser.add_argument("--output", help="write the scores to this JSON file")
     options = parser.parse_args()
+    if options.output and not Path(options.output).parent.is_dir():
+        parser.error(f"--output: no folder {Path(options.output).parent}")
     transformers_logging.set_verbosity_error()
     result = probe(options.model, options.glue_data, options.seeds, options.from_scratch, options.tasks)
     for name, score in result["frozen"].items():
@@ -149,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -99,11 +100,14 @@ def load_errors(checkpoint: Path) -> Iterator[None]:
     """Turn a failure to read `checkpoint` (damaged, of another model) into one [`CheckpointError`] line."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (EOFError, OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         if is_out_of_memory(error):
             raise
+        # torch tells of such a file how to read foreign ones.
+        is_no_archive = isinstance(error, EOFError | UnpicklingError)
+        cause = "a file of it is damaged" if is_no_archive else " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}): name another one, with the fields "
+            f"{checkpoint} cannot be loaded ({cause}): name another one, with the fields "
             "of the model and the optimiser as they were, or start a new run"
         ) from error
 

@@ -1,20 +1,15 @@
 """Load a checkpoint as a classifier for a task: tokenizer, configuration, a new head; and the hash that names it."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
 from .data.errors import DataError, first_line
@@ -23,56 +18,20 @@ from .fine_tuning_args import EncoderArguments
 from .glue import GlueError
 from .glue_data import TaskData
 from .hardware import is_out_of_memory
+from .model_files import LOADING_ERRORS, content_of, hash_of
 
 logger = logging.getLogger(__name__)
 
 # Few different lengths: kernels are made for each shape on CPUs (oneDNN), and tensor cores want multiples of 8.
 PADDING_MULTIPLE = 8
-# The content of a checkpoint, as far as it decides the scores.
-HASHED_FILES = (
-    "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
-    "special_tokens_map.json", "added_tokens.json", "*.py",
-)  # fmt: skip
-# What a checkpoint with missing, damaged or contradictory files raises.
-LOADING_ERRORS = (
-    AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError,
-    ValueError,
-)  # fmt: skip
 
 
 def fingerprint(encoder: EncoderArguments) -> str:
     """A hash of what is fine-tuned: the settings of the encoder, and the model as in [`name_model`]."""
     settings = asdict(encoder)
     del settings["trust_remote_code"], settings["model_name_or_path"]
-    origin, files = _content_of(encoder.model_name_or_path)
+    origin, files = content_of(encoder.model_name_or_path)
     return hash_of({**settings, **origin}, files)
-
-
-def name_model(encoder: EncoderArguments) -> str:
-    """
-    A hash of the model, or of what it is built like from scratch: the name and commit on the Hub or, of a local folder,
-    the content of config, weights and tokenizer.
-    """
-    origin, files = _content_of(encoder.model_name_or_path)
-    return hash_of({"from_scratch": encoder.from_scratch, **origin}, files)
-
-
-def _content_of(name_or_path: str) -> tuple[dict[str, Any], list[Path]]:
-    """Where a model of the Hub comes from, or the files that make a local one."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return {}, sorted({file for pattern in HASHED_FILES for file in folder.glob(pattern) if file.is_file()})
-    config_file = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
-    return {"model_name_or_path": name_or_path, "commit": extract_commit_hash(config_file, None)}, []
-
-
-def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:
-    """Twelve hexadecimal digits that name settings and the content of files."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]
 
 
 def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:

@@ -10,6 +10,12 @@ from typing import Any
 WITHOUT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say whose folders cannot be flushed
 
 
+def can_make(path: Path) -> bool:
+    """Whether files can be made in the folder `path`, or where it is not there, the folder itself. Raises `OSError`."""
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
 def flush_to_disk(folder: Path) -> None:
     """Ask the system to write every file below `folder` out, so that the rename after it means they are there."""
     for path in [*folder.rglob("*"), folder]:

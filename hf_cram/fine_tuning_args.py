@@ -1,6 +1,7 @@
 """The arguments of a fine-tuning: which checkpoint, by which protocol."""
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,6 +19,9 @@ REFUSED_FIELDS = {
     "auto_find_batch_size": "would train with another batch than the results tell: set per_device_train_batch_size",
     "prediction_loss_only": "would leave no predictions to score: leave it out",
     "enable_jit_checkpoint": "would score what a signal has stopped half-way; finished pairs are kept anyway: leave it out",
+    "eval_strategy": "has no place here: each task is scored at its end; leave it out",
+    "eval_steps": "has no place here: each task is scored at its end; leave it out",
+    "eval_on_start": "has no place here: each task is scored at its end; leave it out",
     "eval_do_concat_batches": "has no place here: predictions are scored together; leave it out",
 }
 
@@ -156,3 +160,10 @@ class FineTuningArguments(OpenPrecisionArguments):
         setting = {name: getattr(self, name) for name in names}
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         return {**setting, "lr_scheduler_type": schedule, "world_size": self.world_size}
+
+
+def check_given(given: Collection[str], args: FineTuningArguments) -> None:
+    """Raises `ValueError` for steps of logs or checkpoints that are set while there are none."""
+    for name, strategy in (("logging_steps", "logging_strategy"), ("save_steps", "save_strategy")):
+        if name in given and getattr(args, strategy) == "no":
+            raise ValueError(f"{name} does nothing by itself: set {strategy}: steps with it, or leave it out")

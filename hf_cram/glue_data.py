@@ -1,5 +1,6 @@
 """The text of the tasks: GLUE from the Hub or a folder, or a task from files of one's own."""
 
+import glob
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
+from .data.errors import first_line
 from .data.hub_datasets import reading_errors
 from .glue import COLUMNS, TASKS, GlueError, Task, cause_of
 
@@ -58,7 +60,7 @@ def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
             return load_dataset(GLUE_NAME, name)
         except reading_errors() as error:
             raise GlueError(
-                f"{GLUE_NAME} ({name}) cannot be loaded: {' '.join(str(error).split())}; "
+                f"{GLUE_NAME} ({name}) cannot be loaded: {first_line(error)}; "
                 "give a folder laid out like it with --glue_data"
             ) from error
     folder = Path(glue_data) / name
@@ -72,10 +74,11 @@ def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
     )
 
 
-def _read(kind: str, paths: str | list[str], place: str) -> Dataset:
+def _read(kind: str, paths: Sequence[str], place: str) -> Dataset:
     """The rows of files. Raises [`GlueError`], naming the `place`, where they cannot be read or are none."""
     try:
-        return load_dataset(kind, data_files=paths, split="train", **READING.get(kind, {}))
+        files = [glob.escape(path) for path in paths]  # the library takes names for patterns
+        return load_dataset(kind, data_files=files, split="train", **READING.get(kind, {}))
     except (DatasetsError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):
             raise GlueError(f"{place} holds no rows") from error
@@ -126,7 +129,7 @@ def load_own_task(
     A task from csv, json(l) or parquet files: floats in `label_column` make a regression, and numbers with
     `regression`; all else are classes.
 
-    Without `text_columns`, the first one or two columns of text other than the label are read. Raises [`GlueError`]
+    Without `text_columns`, the one or two columns of text beside the label are read. Raises [`GlueError`]
     for what cannot be used.
     """
     name = name or Path(train_file).stem
@@ -204,7 +207,7 @@ def _load_file(path: str) -> Dataset:
     kind = EXTENSIONS.get(Path(path).suffix.lower())
     if kind is None:
         raise GlueError(f"{path}: cannot tell its format; supported: {', '.join(EXTENSIONS)}")
-    return _read(kind, path, path)
+    return _read(kind, [path], path)
 
 
 def _number_labels(

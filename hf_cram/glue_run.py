@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from tqdm import tqdm
 
-from .classifier import fingerprint, hash_of, load_tokenizer, longest_example, name_model
-from .files import write_json_atomically
+from .classifier import fingerprint, load_tokenizer, longest_example
+from .files import can_make, flush_to_disk, write_json_atomically
 from .fine_tuning import FineTuner
 from .fine_tuning_args import EncoderArguments, FineTuningArguments
 from .glue import (
@@ -46,6 +46,7 @@ from .glue_outputs import (
     write_submission,
 )
 from .model_card import ModelCardError, build_fine_tuned_card, read_card_metadata, save_model_card, update_model_card
+from .model_files import hash_of, name_model
 from .output_folder import first_free
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,11 @@ class GlueArguments:
         return self.uses_own_data if self.save_models is None else self.save_models
 
     @property
+    def searches(self) -> bool:
+        """Whether there is a grid of settings to choose from."""
+        return bool(self.search_learning_rate or self.search_batch_size or self.search_num_train_epochs)
+
+    @property
     def uses_own_data(self) -> bool:
         """Whether files were named instead of GLUE."""
         return self.train_file is not None
@@ -151,7 +157,7 @@ class GlueRun:
         endings = [self.own_data.task.name] if self.own_data else []
         endings += [Path(glue.metric).stem] if glue.metric else []
         self.output_dir = output_folder(encoder, args.output_dir, endings)
-        self.model_id = name_model(encoder)
+        self.model_id = name_model(encoder.model_name_or_path, encoder.from_scratch)
         self._check_output_dir(endings, args.output_dir in (None, "", DEFAULT_OUTPUT_DIR))
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
         # What is wrong with the last task shall be known before the first is trained.
@@ -172,6 +178,8 @@ class GlueRun:
                 encoder.max_seq_length, self.model_name, self.max_length,
             )  # fmt: skip
         self.encoder_id = fingerprint(encoder)
+        if self.is_main and not can_make(self.output_dir):
+            raise GlueError(f"output_dir: {self.output_dir} cannot be written to: choose another folder")
         self.log = PairLog(self.output_dir / PAIRS_NAME, self.is_main)
         # Ranks that saw different pairs would wait for each other for ever.
         self.log.lines = broadcast_object_list([self.log.lines])[0]
@@ -344,6 +352,7 @@ class GlueRun:
         if self.is_main:
             if kept_as is not None:
                 write_json_atomically(staging / KEPT_NAME, {"model_id": self.model_id, **kept_as})
+                flush_to_disk(staging)
                 check_replaceable(folder, self._is_of_this_model)  # a training later
                 kept = read_object(folder / KEPT_NAME)
                 if kept and kept.get("data_id") != kept_as["data_id"]:

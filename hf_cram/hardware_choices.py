@@ -52,7 +52,8 @@ class HardwareChoices:
         self.matmul_peak = self._measure_matmul_peak()
         if self._is_compile_open:
             self._set_compile(compile_pays_off(model, args.device, args.time_budget_seconds))
-            logger.info("torch.compile is %s", "used" if args.torch_compile else "not used")
+            missing = "" if can_compile(args.device) else f" ({NO_COMPILER})"
+            logger.info("torch.compile is %s", "used" if args.torch_compile else f"not used{missing}")
         self._choose_attention()
 
     def keep_first(self, first: RunState) -> bool:

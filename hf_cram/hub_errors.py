@@ -46,7 +46,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _tells_token(error: BaseException) -> bool:
-    return "Illegal header" in str(error)
+    told = str(error)
+    return "Illegal header" in told or "'ascii' codec can't encode" in told  # as a header has to be
 
 
 def explain(

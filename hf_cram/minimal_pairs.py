@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +28,8 @@ from .files import read_json, write_json_atomically
 from .hardware import NO_COMPILER, can_compile, is_out_of_memory
 from .minimal_pair_sources import MinimalPair, MinimalPairsError, read_pairs
 from .model_card import ModelCardError, update_model_card
+from .model_files import LOADING_ERRORS, name_model
+from .output_folder import first_free
 from .pseudo_likelihood import BATCH_TOKENS, compile_encoder, pseudo_log_likelihoods
 
 logger = logging.getLogger(__name__)
@@ -72,16 +73,24 @@ def _accuracy(values: Sequence[float]) -> dict[str, Any]:
 
 
 def bf16_scores_faster(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[MinimalPair], rounds: int = 3
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[MinimalPair],
+    batch_tokens: int = BATCH_TOKENS,
+    rounds: int = 3,
 ) -> bool:
-    """Whether the first pairs are scored sooner in bf16 than in fp32: in turn, best of each."""
+    """
+    Whether the first pairs are scored sooner in bf16 than in fp32: in turn, best of each. Raises [`MinimalPairsError`] as
+    [`pseudo_log_likelihoods`] does.
+    """
     sentences = [pair.good for pair in pairs[:MEASURED_PAIRS]]
+    places = [pair.place for pair in pairs[:MEASURED_PAIRS]]
     models = {False: model, True: copy.deepcopy(model).bfloat16()}
     best = {False: float("inf"), True: float("inf")}
     for _ in range(rounds):
         for bf16, candidate in models.items():
             started = time.perf_counter()
-            pseudo_log_likelihoods(candidate, tokenizer, sentences)
+            pseudo_log_likelihoods(candidate, tokenizer, sentences, batch_tokens, places=places)
             best[bf16] = min(best[bf16], time.perf_counter() - started)
     return best[True] < best[False]
 
@@ -92,12 +101,13 @@ def make_fast(
     pairs: Sequence[MinimalPair],
     bf16: bool | None = None,
     torch_compile: bool | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> None:
     """
     Cast to bf16 and compile, in place, where told to; `None` leaves it to a measurement and to the number of pairs.
-    Raises [`MinimalPairsError`] for compiling without a compiler.
+    Raises [`MinimalPairsError`] for compiling without a compiler, and for pairs that cannot be scored.
     """
-    if bf16_scores_faster(model, tokenizer, pairs) if bf16 is None else bf16:
+    if bf16_scores_faster(model, tokenizer, pairs, batch_tokens) if bf16 is None else bf16:
         model.bfloat16()
     if torch_compile is None:
         torch_compile = len(pairs) >= COMPILED_PAIRS and can_compile(model.device)
@@ -125,10 +135,7 @@ def load_model(
         tokenizer = read_tokenizer(name_or_path, trust_remote_code)
     except DataError as error:
         raise MinimalPairsError(str(error)) from error
-    except (
-        AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError,
-        StrictDataclassError,
-    ) as error:  # fmt: skip
+    except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
@@ -203,27 +210,34 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def check_output_dir(output_dir: Path, model_folder: Path, model_name: str) -> None:
-    """Raise [`MinimalPairsError`] for a folder with another model, or with the scores of one."""
-    if output_dir.resolve() == model_folder.resolve():
-        return
-    if (output_dir / "config.json").is_file():
+def check_output_dir(output_dir: Path, model_folder: Path) -> None:
+    """Raise [`MinimalPairsError`] for a folder with another model."""
+    if output_dir.resolve() != model_folder.resolve() and (output_dir / "config.json").is_file():
         raise MinimalPairsError(
             f"--output_dir: {output_dir} holds a model, and these would not be the scores of it: name another folder"
         )
+
+
+def check_scores(output_dir: Path, model_folder: Path, model: dict[str, str]) -> None:
+    """
+    Raise [`MinimalPairsError`] for a folder with the scores of another model than `model`: the name and the hash
+    ([`name_model`]) that results tell.
+    """
+    if output_dir.resolve() == model_folder.resolve():
+        return
     path = output_dir / RESULTS_NAME
     try:
-        scored = read_json(path).get("model", model_name)
+        scored = read_json(path)
     except (OSError, ValueError):  # nothing that could be lost
         return
-    if scored != model_name:
+    if any(scored.get(name, value) != value for name, value in model.items()):
         raise MinimalPairsError(f"--output_dir: {path} holds the scores of another model: name another folder")
 
 
-def has_more(model_folder: Path, results: dict[str, Any]) -> bool:
-    """Whether the results beside a model are of more pairs than these."""
+def has_more(folder: Path, results: dict[str, Any]) -> bool:
+    """Whether the results in a folder are of more pairs than these."""
     try:
-        return read_json(model_folder / RESULTS_NAME, "pairs")["pairs"] > results["pairs"]
+        return read_json(folder / RESULTS_NAME, "pairs")["pairs"] > results["pairs"]
     except (OSError, TypeError, ValueError):
         return False
 
@@ -249,18 +263,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A folder's name only: the file travels with the checkpoint, and the rest of the path is nobody's business.
     model_name = model_folder.resolve().name if model_folder.is_dir() else options.model
     try:
-        check_output_dir(output_dir, model_folder, model_name)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        pairs = read_pairs(options.pairs, options.limit)
+        check_output_dir(output_dir, model_folder)
         transformers_logging.disable_progress_bar()  # one bar, over the tokens
         model, tokenizer = load_model(options.model, choose_device(options.device), options.trust_remote_code)
-        make_fast(model, tokenizer, pairs, options.bf16, options.torch_compile)
+        told = {"model": model_name, "model_id": name_model(options.model)}
+        check_scores(output_dir, model_folder, told)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        pairs = read_pairs(options.pairs, options.limit)
+        make_fast(model, tokenizer, pairs, options.bf16, options.torch_compile, options.batch_tokens)
         results = {
             "bf16": model.dtype == torch.bfloat16,
-            "model": model_name,
+            **told,
             **score_pairs(model, tokenizer, pairs, options.batch_tokens, show_progress=True),
         }
         print(results_table(results))
+        if has_more(output_dir, results):
+            earlier = first_free(output_dir / RESULTS_NAME)
+            (output_dir / RESULTS_NAME).rename(earlier)
+            logger.warning("The results of more pairs in %s were moved to %s", output_dir, earlier.name)
         write_json_atomically(output_dir / RESULTS_NAME, results)
         if (
             model_folder.is_dir()

@@ -64,22 +64,27 @@ class CardArguments:
 class FineTunedCardArguments:
     """What the card of a model of own data says."""
 
-    language: str | None = field(
-        default=None, metadata={"help": "Language of your own data, a code of the Hub; default: a local base model's."}
+    language: str = field(
+        default="",
+        metadata={
+            "help": "Language of your own data, a code of the Hub; none: left out; default: a local base model's."
+        },
     )
-    model_license: str | None = field(
-        default=None,
-        metadata={"help": "Licence of the model of your own data, of the Hub's; default: a local base model's."},
+    model_license: str = field(
+        default="",
+        metadata={
+            "help": "Licence of the model of your own data, of the Hub's; none: left out; default: a local base model's."
+        },
     )
 
     def __post_init__(self) -> None:
-        self.language = language_code(self.language)
+        self.language = language_code(self.language) or ""
 
     @property
-    def metadata(self) -> dict[str, str]:
-        """What was said, as the front matter of a card names it."""
+    def metadata(self) -> dict[str, str | None]:
+        """What was said, as the front matter of a card names it; `None` leaves one out."""
         values = {"language": self.language, "license": self.model_license}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: None if value == "none" else value for name, value in values.items() if value}
 
 
 RECIPE_PARTS = (

@@ -71,7 +71,7 @@ def limit_text_to_budget(
     if training_args.time_budget_seconds is not None:
         speed = [0.0]
         if training_args.process_index == 0:
-            speed = [_tokens_per_second(data_args, model_args, masking_args, training_args)]
+            speed = [_tokens_per_second(data_args, model_args, masking_args, training_args, processes)]
         tokens_per_second = processes * broadcast_object_list(speed)[0]
         limits.append(round_up(tokens_per_second * training_args.time_budget_seconds * RESERVE))
         why = f"about {limits[-1] / RESERVE:,.0f} tokens at {tokens_per_second:,.0f} tokens/s"
@@ -89,15 +89,20 @@ def round_up(number: float) -> int:
 
 
 def _tokens_per_second(
-    data_args: DataArguments, model_args: Any, masking_args: MaskingArguments, training_args: CramTrainingArguments
+    data_args: DataArguments,
+    model_args: Any,
+    masking_args: MaskingArguments,
+    training_args: CramTrainingArguments,
+    processes: int,
 ) -> float:
     """The speed of one process: remembered, or measured now."""
     config = planned_config(model_args, data_args)
     rate = parse_phases(masking_args.mlm_probability)[0][1]
     batch = (training_args.per_device_train_batch_size, data_args.max_seq_length)
-    machine = [_device_name(training_args.device), available_workers(None)]
+    machine = [_device_name(training_args.device, processes), available_workers(None), processes]
     versions = [torch.__version__, transformers.__version__, __version__]
-    setting = [config.to_diff_dict(), batch, rate, training_args.fp16, training_args.bf16, machine, versions]
+    memory = [training_args.activation_checkpointing, training_args.activation_checkpointing_kwargs]
+    setting = [config.to_diff_dict(), batch, rate, _precision(training_args), memory, machine, versions]
     key = hashlib.blake2b(json.dumps(setting, default=str, sort_keys=True).encode(), digest_size=12).hexdigest()
     path = open_cache(data_args) / "speeds" / f"{key}.json"
     speed = None if data_args.overwrite_cache else _read_speed(path)
@@ -126,10 +131,19 @@ def _read_speed(path: Path) -> float | None:
         return None
 
 
-def _device_name(device: torch.device) -> str:
+def _precision(training_args: CramTrainingArguments) -> tuple[bool, bool | None]:
+    """Whether fp16 and bf16 were asked for, by the arguments or the launcher; `None` leaves bf16 to a measurement."""
+    asked_for = training_args.mixed_precision
+    return training_args.fp16 or asked_for == "fp16", True if asked_for == "bf16" else training_args.bf16
+
+
+def _device_name(device: torch.device, processes: int) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    # One a core or one for each of its two hardware threads: programs and launchers differ in this.
+    has_all = 2 * threads * processes >= available_workers(None)
+    return f"{device.type} with {'all' if has_all else threads} threads"
 
 
 def measure_tokens_per_second(
@@ -142,15 +156,19 @@ def measure_tokens_per_second(
     device = training_args.device
     with keep_random_state():
         model = AutoModelForMaskedLM.from_config(config).to(device).train()
+        if training_args.activation_checkpointing:  # as in Trainer.train
+            kwargs: dict[str, Any] = dict(training_args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]
+            choices = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None, **choices)
         inputs = random_batch(model, config.vocab_size, batch, mlm_probability, device)
-        bf16 = training_args.bf16
-        if bf16 is None and not training_args.fp16:
+        fp16, bf16 = _precision(training_args)
+        if bf16 is None and not fp16:
             bf16 = bf16_is_faster(device, largest_linear_shape(model))
-        dtype = torch.float16 if training_args.fp16 else torch.bfloat16
+        dtype = torch.float16 if fp16 else torch.bfloat16
         best, started = math.inf, time.perf_counter()
         for number in range(WARM_UP_STEPS + TIMED_STEPS):
             begin = time.perf_counter()
-            with torch.autocast(device.type, dtype=dtype, enabled=bool(training_args.fp16 or bf16)):
+            with torch.autocast(device.type, dtype=dtype, enabled=bool(fp16 or bf16)):
                 loss = model(**inputs).loss
             loss.backward()
             model.zero_grad()

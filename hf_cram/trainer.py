@@ -550,6 +550,11 @@ class CramTrainer(Trainer):
         finally:
             self.data_collator = training_collator
 
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        progress = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(self.args, max_steps)  # a resumed run's state holds the checkpoint's
+        return progress
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         # The loader is endless; without a step limit the clock alone ends the run.
         steps = args.max_steps if args.max_steps > 0 else UNLIMITED_STEPS
@@ -596,8 +601,14 @@ class CramTrainer(Trainer):
             group.update(options)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None:  # else what fp16 has left does not matter
-            super()._load_scaler(checkpoint)
+        if checkpoint is not None and self.accelerator.scaler is not None:  # else what fp16 has left does not matter
+            with load_errors(Path(checkpoint)):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with load_errors(Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
 
     @property
     def _optimizer_name(self) -> str:

@@ -4,11 +4,13 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
@@ -44,6 +46,7 @@ STEPS_OF_STRATEGY = {
     "logging_steps": ("logging_strategy", "logging_interval"),
     "eval_steps": ("eval_strategy", "eval_interval"),
 }
+OPTIM_ARG = re.compile(r"\s*\w+\s*=[^=]+")
 SAMPLING_STRATEGIES = ("random", "sequential")
 
 
@@ -79,11 +82,15 @@ class OpenPrecisionArguments(TrainingArguments):
         # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
         asked_for_bf16, self.bf16 = self.bf16, False
         launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-        if self.torch_compile_backend == "no":  # of arguments that were copied
+        if self.torch_compile_backend == "no":  # also of arguments that were copied
             self.torch_compile_backend = None
+            self.torch_compile = bool(self.torch_compile)
+        if self.torch_compile is False:  # the base class would compile for either of these
+            self.torch_compile_backend = self.torch_compile_mode = None
         is_open = self.torch_compile is None and self.torch_compile_backend is None
         if is_open and launcher != "no":  # counts as told, as its --mixed_precision does
             self.torch_compile, self.torch_compile_backend = True, launcher
+        self._check_compiling()
         try:
             super().__post_init__()
         except ImportError as error:  # deepspeed, fsdp, an optimiser of another package
@@ -101,6 +108,20 @@ class OpenPrecisionArguments(TrainingArguments):
         self._set_bf16(asked_for_bf16)
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
+    def _check_compiling(self) -> None:
+        if self.torch_compile_backend is not None:
+            names = [name.lower() for name in DynamoBackend.__members__]
+            if self.torch_compile_backend.lower() not in names:
+                raise ValueError(
+                    f"torch_compile_backend must be one of {', '.join(names)}, got {self.torch_compile_backend!r}"
+                )
+        if self.torch_compile_mode is not None and self.torch_compile_backend in (None, "inductor"):
+            from torch._inductor import list_mode_options
+
+            if self.torch_compile_mode not in list_mode_options():
+                modes = ", ".join(list_mode_options())
+                raise ValueError(f"torch_compile_mode must be one of {modes}, got {self.torch_compile_mode!r}")
+
     def _check_packages(self) -> None:
         """What the Trainer would notice only after the text was prepared."""
         if self.use_liger_kernel and not is_liger_kernel_available():
@@ -108,12 +129,15 @@ class OpenPrecisionArguments(TrainingArguments):
         for name in self.report_to or ():
             if name in INTEGRATION_TO_CALLBACK and name not in (*get_available_reporting_integrations(), "flyte"):
                 raise ValueError(f"report_to: {name} is not installed: install its package, or set report_to: none")
+        if self.optim_args and not all(OPTIM_ARG.fullmatch(part) for part in str(self.optim_args).split(",")):
+            raise ValueError(f"optim_args must be name=value,name=value, got {self.optim_args!r}")
         try:
             Trainer.get_optimizer_cls_and_kwargs(self)
         except ImportError as error:
             raise ValueError(f"optim: {' '.join(str(error).split())}") from error
-        except ValueError:
-            pass  # of an optimiser that wants to see the model first
+        except ValueError as error:  # also of an optimiser that wants to see the model first
+            if "could not convert" in str(error):
+                raise ValueError(f"optim_args: {error}, in {self.optim_args!r}") from error
 
     def _set_bf16(self, asked_for: bool | None) -> None:
         if asked_for and self.fp16:
@@ -292,6 +316,10 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(
                 "dataloader_persistent_workers: there are none: set dataloader_num_workers, or leave it out"
             )
+        if self.dataloader_multiprocessing_context is not None and self.dataloader_num_workers < 1:
+            raise ValueError(
+                "dataloader_multiprocessing_context: there are no workers: set dataloader_num_workers, or leave it out"
+            )
         if not 0 <= self.batch_ramp_until <= 1:
             raise ValueError(f"batch_ramp_until is a fraction of the budget from 0 to 1, got {self.batch_ramp_until}")
         if self.batch_ramp_until > 0 and self.train_batch_rows is None:
@@ -302,6 +330,10 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(
                 "muon_learning_rate brings its own optimiser, with AdamW for the rest: leave out optim and optim_args, "
                 "or muon_learning_rate"
+            )
+        if self.optim_args and self.optim in (*ADAMW_NAMES, "adafactor"):
+            raise ValueError(
+                f"optim_args: optim {str(self.optim)!r} takes none: set its own fields, such as adam_beta2"
             )
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}")

@@ -431,6 +431,9 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     run(monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *own_data, *told_later)
     card = ModelCard((out / "news" / "README.md").read_text())
     assert (card.data.language, card.data.license) == ("de", "apache-2.0")
+    run(monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *own_data, "--model_license", "none")
+    card = ModelCard((out / "news" / "README.md").read_text())
+    assert (card.data.language, card.data.license) == ("de", None)
     (predictions,) = (out / "predictions" / results["setting_id"]).rglob("news.seed-1.tsv")
     predictions = predictions.read_text().splitlines()
     assert {line.split("\t")[1] for line in predictions[1:]} <= {"culture", "sport"}
@@ -822,6 +825,45 @@ def test_own_files_that_cannot_be_read(tmp_path, name):
         (tmp_path / name).write_text("" if name == "empty.csv" else 'a,b\n"x\n1,2,3\n')
     with pytest.raises(GlueError, match=name):
         load_own_task(str(tmp_path / name), str(tmp_path / name))
+
+
+def test_names_of_files_are_no_patterns(glue_data, tmp_path):
+    folder = tmp_path / "reviews [2024]"
+    shutil.copytree(glue_data / "wnli", folder / "wnli")
+    for name, text in (("train[12].csv", "good"), ("train1.csv", "another")):
+        (folder / name).write_text(f"text,label\n{text},a\nbad,b\n")
+    data = load_own_task(str(folder / "train[12].csv"), str(folder / "train1.csv"), name="reviews")
+    assert list(data.train["text"]) == ["good", "bad"]
+    assert len(load_glue_task(TASKS["wnli"], str(folder)).train) > 0
+
+
+def test_an_output_folder_that_cannot_be_is_known_before_training(monkeypatch, glue_data, model_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ["--model_name_or_path", model_folder, "--glue_data", glue_data, *FAST, "--tasks", "wnli"]
+    with pytest.raises(GlueError, match="output_dir: .*file/out cannot be written to: choose another folder"):
+        run(monkeypatch, *arguments, "--output_dir", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eval_strategy", "epoch"], "eval_strategy has no place here: each task is scored at its end"),
+        (["--eval_steps", "5"], "eval_steps has no place here"),
+        (["--logging_steps", "5"], "logging_steps does nothing by itself: set logging_strategy: steps"),
+        (["--save_steps", "5"], "save_steps does nothing by itself: set save_strategy: steps"),
+        (["--search_seeds", "2"], "search_seeds is for a search: set search_learning_rate"),
+        (["--train_file", "a.csv", "--save_models", "false", "--language", "de"], "of your own data that is kept"),
+    ],
+)
+def test_options_that_would_do_nothing_are_one_line(
+    monkeypatch, capsys, glue_data, model_folder, tmp_path, options, message
+):
+    own = "--train_file" in options
+    data = [] if own else ["--glue_data", glue_data, "--tasks", "wnli"]
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        run(monkeypatch, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "out", *data, *options)
+    assert message in capsys.readouterr().err + str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -316,11 +316,14 @@ def test_the_hubs_own_reason_is_told():
 
 
 def test_a_token_that_cannot_be_sent_is_not_told():
-    error = httpx2.LocalProtocolError(f"Illegal header value b'Bearer {TOKEN}\\x1b[201~'")
-    failure = explain(error, "me/x", None, "hub_model_id")
-    assert failure.is_final
-    assert TOKEN not in str(failure)
-    assert "set HF_TOKEN anew" in str(failure)
+    errors = [httpx2.LocalProtocolError(f"Illegal header value b'Bearer {TOKEN}\\x1b[201~'")]
+    with pytest.raises(UnicodeEncodeError) as pasted:
+        httpx2.Headers({"Authorization": f"Bearer \u201c{TOKEN}\u201d"})
+    for error in (*errors, pasted.value):
+        failure = explain(error, "me/x", None, "hub_model_id")
+        assert failure.is_final
+        assert TOKEN not in str(failure)
+        assert "set HF_TOKEN anew" in str(failure)
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://user:pa#ss@proxy:8080"])

@@ -102,7 +102,7 @@ def test_measuring_the_precision_changes_nothing(models, tokenizer):
 
 @pytest.mark.parametrize("bf16_is_faster", [True, False])
 def test_the_faster_precision_is_taken(models, tokenizer, monkeypatch, bf16_is_faster):
-    def score(model, *_):
+    def score(model, *_, **__):
         if (model.dtype == torch.bfloat16) != bf16_is_faster:
             time.sleep(0.05)
 
@@ -268,6 +268,32 @@ def test_the_scores_of_another_model_are_never_replaced(model_folder, tmp_path):
         main([str(other), *arguments])
     main([str(model_folder), *arguments])
     assert json.loads((tmp_path / "out" / "minimal_pairs_results.json").read_text())["model"] == "model"
+
+
+def test_a_model_of_the_same_folder_name_is_another_one(model_folder, tiny_config, tokenizer, tmp_path):
+    arguments = ["--pairs", str(PAIRS), "--limit", "1", "--output_dir", str(tmp_path / "out")]
+    main([str(model_folder), *arguments])
+    other = tmp_path / "elsewhere" / model_folder.name
+    CrammedBertForMaskedLM(tiny_config).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    with pytest.raises(SystemExit, match="minimal_pairs_results.json holds the scores of another model: name another"):
+        main([str(other), *arguments])
+
+
+def test_fewer_pairs_do_not_replace_more(model_folder, caplog):
+    main([str(model_folder), "--pairs", str(PAIRS), "--limit", "2"])
+    before = (model_folder / "minimal_pairs_results.json").read_text()
+    main([str(model_folder), "--pairs", str(PAIRS), "--limit", "1"])
+    assert (model_folder / "minimal_pairs_results.json-1").read_text() == before
+    assert "were moved to minimal_pairs_results.json-1" in caplog.text
+    main([str(model_folder), "--pairs", str(PAIRS), "--limit", "2"])
+    assert not (model_folder / "minimal_pairs_results.json-2").exists()
+
+
+def test_what_cannot_be_scored_is_named_by_its_place_when_measuring_too(models, tokenizer):
+    pairs = [MinimalPair("the good " * 200, "the bad", "all", "pairs.jsonl, line 3")]
+    with pytest.raises(MinimalPairsError, match="^pairs.jsonl, line 3: a sentence of .* is longer than"):
+        make_fast(next(iter(models.values())), tokenizer, pairs)
 
 
 def test_fewer_pairs_elsewhere_leave_a_models_fuller_results(model_folder, tmp_path, caplog):

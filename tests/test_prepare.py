@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import REPOSITORY
 
-from hf_cram import text_budget
+from hf_cram import CrammedBertModel, text_budget
 from hf_cram.data.errors import DataError
 from hf_cram.data.export import export_corpus
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
@@ -382,6 +382,40 @@ def test_runs_that_begin_together_read_the_same_text(tmp_path, monkeypatch):
         first = pool.submit(limit)
         assert begun.wait(60)
         assert limit() == first.result() == 200_000
+
+
+def test_the_speed_is_that_of_the_training(tmp_path, tiny_config, monkeypatch):
+    """With the launcher's precision, and with activation checkpointing, without which a batch might not fit."""
+    seen = []
+
+    def forward(self, *arguments, **options):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        seen.append((dtype, self.gradient_checkpointing))
+        return original(self, *arguments, **options)
+
+    original = CrammedBertModel.forward
+    monkeypatch.setattr(CrammedBertModel, "forward", forward)
+    for environment, values, expected in (
+        ("no", {}, (torch.float32, False)),
+        ("bf16", {"bf16": None}, (torch.bfloat16, False)),
+        ("no", {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+         (torch.float32, True)),
+    ):  # fmt: skip
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+        _, training_args = arguments(tmp_path, time_budget="100s", **values)
+        seen.clear()
+        measure_tokens_per_second(tiny_config, training_args, (4, 16), 0.25)
+        assert set(seen) == {expected}
+
+
+def test_a_thread_for_each_core_or_for_each_of_its_halves_is_one_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_budget, "measure_tokens_per_second", lambda *_: 1000.0)
+    monkeypatch.setattr(text_budget, "available_workers", lambda _: 16)
+    for threads, measured in ((16, 1), (8, 1), (1, 2)):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        data_args, training_args = arguments(tmp_path, time_budget="100s")
+        limited(data_args, training_args, text_for_budget=True)
+        assert len(list((tmp_path / "cache/speeds").glob("*.json"))) == measured
 
 
 def test_measuring_a_model_leaves_the_random_state_alone(tmp_path, tiny_config):

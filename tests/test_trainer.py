@@ -624,16 +624,33 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "cram_state.json", "../clock.json"]
-)
-def test_a_damaged_checkpoint_is_one_line(tiny_config, tokenizer, tmp_path, name):
-    settings = {"max_steps": 2, "save_interval": "100%"}
-    make_trainer(tiny_config, tokenizer, tmp_path, **settings).train()
+    ("name", "content"),
+    [("model.safetensors", 100), ("optimizer.pt", 100), ("optimizer.pt", b""), ("optimizer.pt", b"version https://git"),
+     ("optimizer.pt", None), ("scheduler.pt", None), ("rng_state.pth", 100), ("trainer_state.json", b"[]"),
+     ("cram_state.json", b"[]"), ("../clock.json", b"[]")],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_one_line(tiny_config, tokenizer, tmp_path, name, content):
+    settings = {"max_steps": 4, "save_interval": "50%"}
+    make_trainer(tiny_config, tokenizer, tmp_path, callbacks=[StopAt(2)], **settings).train()
     path = last_checkpoint(tmp_path) / name
-    path.write_bytes(path.read_bytes()[:100] if path.suffix in (".safetensors", ".pt") else b"[]")
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
     with pytest.raises(CheckpointError, match="checkpoint-2|clock.json") as caught:
         make_trainer(tiny_config, tokenizer, tmp_path, **settings).train(resume_from_checkpoint=True)
     assert "\n" not in str(caught.value)
+
+
+def test_a_resumed_run_saves_and_logs_as_often_as_it_is_told_now(tiny_config, tokenizer, tmp_path):
+    settings = {"max_steps": 8, "save_total_limit": 9}
+    first = make_trainer(tiny_config, tokenizer, tmp_path, callbacks=[StopAt(3)], save_interval="25%", **settings)
+    first.train()
+    steps = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": "steps", "logging_steps": 1}
+    resumed = make_trainer(tiny_config, tokenizer, tmp_path, **settings, **steps)
+    resumed.train(resume_from_checkpoint=True)
+    assert {4, 6, 8} <= {int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
+    assert {5, 6, 7} <= {entry["step"] for entry in resumed.state.log_history if "loss" in entry}
 
 
 def test_an_fp16_run_goes_on_without_fp16(tiny_config, tokenizer, tmp_path):
@@ -1215,6 +1232,21 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"time_budget": "5s", "label_smoothing_factor": 0.1}, "would change the held-out loss as well"),
         ({"time_budget": "5s", "dataloader_drop_last": True}, "would leave held-out rows out"),
         ({"time_budget": "5s", "dataloader_persistent_workers": True}, "set dataloader_num_workers"),
+        (
+            {"time_budget": "5s", "dataloader_multiprocessing_context": "spawn"},
+            "no workers: set dataloader_num_workers",
+        ),
+        (
+            {"time_budget": "5s", "torch_compile": True, "torch_compile_mode": "max_autotune"},
+            "torch_compile_mode must be .*max-autotune",
+        ),
+        (
+            {"time_budget": "5s", "torch_compile": True, "torch_compile_backend": "induktor"},
+            "torch_compile_backend must be .*inductor",
+        ),
+        ({"time_budget": "5s", "optim": "sgd", "optim_args": "momentum"}, "optim_args must be name=value"),
+        ({"time_budget": "5s", "optim": "adagrad", "optim_args": "lr_decay=high"}, "optim_args: could not convert"),
+        ({"time_budget": "5s", "optim_args": "amsgrad=True"}, "optim_args: optim .* takes none"),
         ({"time_budget": "5s", "per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1"),
         ({"time_budget": "5s", "save_interval": "now and then"}, "not an interval"),
         ({"time_budget": "5s", "hub_token": "secret"}, "HF_TOKEN"),
@@ -1374,6 +1406,17 @@ def test_the_launchers_choices_count_where_nothing_else_is_told(
     assert trainer.accelerator.mixed_precision == precision
     assert trainer.accelerator.state.dynamo_plugin.backend == DynamoBackend(backend)
     assert (trainer.args.bf16, trainer.args.torch_compile) == (precision == "bf16", backend != "NO")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"torch_compile": False, "torch_compile_mode": "max-autotune"}, {"torch_compile_backend": "no"},
+     {"torch_compile": False, "torch_compile_backend": "aot_eager"}],
+)  # fmt: skip
+def test_no_compiling_is_none_whatever_else_a_recipe_says(tmp_path, monkeypatch, values):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    arguments = make_arguments(tmp_path, max_steps=1, **{"torch_compile": None, **values})
+    assert (arguments.torch_compile, arguments.torch_compile_backend) == (False, "no")
 
 
 def test_arguments_that_were_measured_can_be_copied(tiny_config, tokenizer, tmp_path):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock
 
-from ..files import flush_to_disk
+from ..files import can_make, flush_to_disk
 from .data_card import build_data_card, draw_histogram
 from .errors import DataError, system_cause
 from .ordering import OrderingArguments, score_rows
@@ -55,34 +56,40 @@ def export_corpus(
 
     It holds `data/*.parquet` with one column `input_ids` in splits `train` and `validation`, `tokenizer/`, a card with
     a histogram, and `corpus.json` with all counts. `settings` are those of [`row_settings`]. Memory holds one file of
-    rows. The folder appears when it is whole. Raises [`DataError`] where it holds anything or cannot be written.
+    rows. The folder appears when it is whole; what a killed export left beside it is removed. Raises [`DataError`] where it
+    holds anything or cannot be written.
     """
     folder = folder.absolute()
     check_is_free(folder)
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}")
+    staged = folder.with_name(f".{folder.name}.unfinished")
     try:
-        staged.mkdir(parents=True)
-        write_files(corpus, staged, settings or {}, PLACEHOLDER, language, license_name)
-        flush_to_disk(staged)
-        os.rename(staged, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{staged}.lock") as lock:
+            check_is_free(folder)
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir()
+            try:
+                write_files(corpus, staged, settings or {}, PLACEHOLDER, language, license_name)
+                flush_to_disk(staged)
+                os.rename(staged, folder)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+                Path(lock.lock_file).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({system_cause(error)}): name another folder") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def check_is_free(folder: Path) -> None:
     """Raises [`DataError`] for a folder that holds anything, for what is no folder, and where none can be made."""
     try:
         is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        place = next(path for path in folder.parents if path.exists())
-        is_writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+        is_writable = can_make(folder)
     except OSError as error:
         raise DataError(f"{folder} cannot be used ({system_cause(error)}): name another folder") from error
-    if not is_writable:
-        raise DataError(f"{folder} cannot be made in {place}: name another folder")
     if not is_free:
         raise DataError(f"{folder} is there already: name a new folder, or an empty one")
+    if not is_writable:
+        raise DataError(f"{folder} cannot be made or written to: name another folder")
 
 
 def write_files(

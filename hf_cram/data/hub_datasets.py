@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import logging
+import lzma
 import os
+import tarfile
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,15 @@ from httpx2 import InvalidURL
 from huggingface_hub.errors import HTTPError
 
 from .errors import DataError, SkipReport, first_line, system_cause
-from .input_files import files_below, fingerprint_files
+from .input_files import files_below, fingerprint_files, format_suffix
 from .text_files import ReadProgress, check_documents, missing_column
+
+logger = logging.getLogger(__name__)
+
+# Below a folder: of tools, and never text.
+NO_TEXT = frozenset({".git", ".cache", ".DS_Store"})
+# Of which `datasets` reads one at a time; .json may be about the data.
+FORMATS = frozenset({".txt", ".jsonl", ".csv", ".parquet"})
 
 
 def reading_errors() -> tuple[type[Exception], ...]:
@@ -24,9 +35,10 @@ def reading_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError  # seconds of import that local text does not need
 
     # A type error is a column that changes its type on the way.
-    own = (OSError, EOFError, RuntimeError, TypeError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
+    own = (OSError, EOFError, RuntimeError, TypeError, ValueError, pa.ArrowException)
+    packed = (zlib.error, zstandard.ZstdError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
     # YAML: the front matter of a card; the others: of a proxy.
-    return DatasetsError, HTTPError, yaml.YAMLError, ImportError, InvalidURL, *own
+    return DatasetsError, HTTPError, yaml.YAMLError, ImportError, InvalidURL, *own, *packed
 
 
 def place_of(name: str) -> str:
@@ -93,11 +105,22 @@ def cache_of_folder(fingerprint: str) -> str:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """The files below a folder, sorted. Raises [`DataError`] where they cannot be listed."""
+    """The files below a folder, sorted, without those of git and of the Hub's client. Raises [`DataError`]."""
     try:
-        return sorted(path for path in files_below(folder) if path.is_file())
+        files = sorted(path for path in files_below(folder) if path.is_file())
+        return [path for path in files if NO_TEXT.isdisjoint(path.relative_to(folder).parts)]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({system_cause(error)})") from error
+
+
+def warn_of_formats(folder: Path, files: Iterable[Path]) -> None:
+    """One line where a folder laid out like a data set holds text of several formats."""
+    formats = sorted(FORMATS & {format_suffix(file) for file in files})
+    if len(formats) > 1:
+        logger.warning(
+            "%s holds files of several formats (%s): as a data set only one of them is read, or what its card names; "
+            "train_files reads all", folder, ", ".join(formats),
+        )  # fmt: skip
 
 
 def fingerprint_folder(folder: Path) -> str:

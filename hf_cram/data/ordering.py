@@ -4,9 +4,9 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,11 @@ class OrderingArguments:
             raise DataError("reverse_row_order turns a row_order around, and row_order is 'none': set both or neither")
         if not 0 <= self.row_order_seed < 2**63:
             raise DataError(f"row_order_seed must be at least 0 and below 2**63, got {self.row_order_seed}")
+
+
+def order_settings(ordering: OrderingArguments) -> dict[str, Any]:
+    """The settings of the order alone, by name; `ordering` may have others too."""
+    return {name: getattr(ordering, name) for name in asdict(OrderingArguments())}
 
 
 def score_rows(rows: np.ndarray, tokenizer: PreTrainedTokenizerBase, arguments: OrderingArguments) -> np.ndarray:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, with_retries
 from .cache import MANIFEST_NAME, cached_entry
-from .errors import DataError, first_line
+from .errors import DataError, first_line, system_cause
 from .export import DATA_FOLDER, check_is_free, export_corpus, write_files
 from .languages import language_code
 from .published import DESCRIPTION_NAME, TOKENIZER_FOLDER, read_description, row_settings, sha256_of_file
@@ -148,14 +149,20 @@ def publish_corpus(
                 f"the corpus is not pushed to {full_name}: that is a data set which hf_cram has not made, and it stays "
                 "as it is: name another push_corpus_to_hub"
             )
-        folder, _ = cached_entry(entry, write, overwrite=True)
-        return exchange(lambda: _upload(folder, full_name))
+        with FileLock(f"{entry}.upload.lock"):  # runs that push at once have one folder
+            try:
+                folder, _ = cached_entry(entry, write, overwrite=True)
+                return exchange(lambda: _upload(folder, full_name))
+            finally:
+                shutil.rmtree(entry, ignore_errors=True)
     except HubError as error:
         raise DataError(
             f"the corpus is not pushed to {repo_id}: {error}; the same command again goes on from what is there"
         ) from error
-    finally:
-        shutil.rmtree(entry, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"the cache {entry.parent} cannot be written ({system_cause(error)}): set cache_dir"
+        ) from error
 
 
 def _is_foreign(repo_id: str) -> bool:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
 from .errors import DataError, first_line
 from .hub_datasets import fingerprint_folder, place_of, reading_errors
+from .ordering import OrderingArguments, order_settings
 from .packing import token_dtype
 from .steps import progress_bar
 from .tokenization import load_tokenizer
@@ -39,7 +40,7 @@ FROM_THE_CORPUS = frozenset(
     {"dataset_name", "dataset_config_name", "dataset_revision", "max_seq_length", "vocab_size", "tokenizer_name"}
 )
 # What counts when it is asked for though it is a default: how rows are read, and not how they were made.
-ASKED_OF_ROWS = frozenset({"max_seq_length", "row_order"})
+ASKED_OF_ROWS = frozenset({"max_seq_length", "row_order", "reverse_row_order", "row_order_seed"})
 LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,:'\"]+/)+")
 LONGEST_PATH = 200
 
@@ -172,8 +173,13 @@ class PublishedCorpus:
         """
         made_with = self.description.get("settings", {})
         changed = row_settings(arguments, ASKED_OF_ROWS & set(given))
-        row_order = self.description.get("statistics", {}).get("row_scores", {}).get("row_order", "none")
-        known = {**made_with, "row_order": row_order, "max_seq_length": self.max_seq_length}
+        scores = self.description.get("statistics", {}).get("row_scores", {})
+        row_order = {name: scores.get(name, value) for name, value in order_settings(OrderingArguments()).items()}
+        known = {**made_with, **row_order, "max_seq_length": self.max_seq_length}
+        if "row_order" in changed:
+            changed["reverse_row_order"] = arguments.reverse_row_order
+            if arguments.row_order == "random":
+                changed["row_order_seed"] = arguments.row_order_seed
         wrong = {
             name: value for name, value in changed.items()
             if name not in FROM_THE_CORPUS - {"max_seq_length"} and known.get(name) != value
@@ -236,9 +242,9 @@ class PublishedCorpus:
     def _columns(self, split: str) -> Iterator[pa.Array]:
         """Batches of the split's rows as arrays of lists of integers."""
         from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
 
         is_empty = True
+        errors: tuple[type[Exception], ...] = (KeyError, *reading_errors())
         try:
             # A stream, since a folder's cache goes by times, and the rows are written to disk once already.
             dataset = load_dataset(str(self.folder), self.config_name, split=split, streaming=True)
@@ -247,7 +253,7 @@ class PublishedCorpus:
                 if len(column):
                     is_empty = False
                     yield column
-        except (ValueError, OSError, RuntimeError, KeyError, pa.ArrowException, DatasetsError) as error:
+        except errors as error:
             cause = first_line(error).replace(f"{self.folder}/", "")
             raise self.error(f"its split {split} cannot be read ({cause}): download or publish it again") from error
         if is_empty:

@@ -3,7 +3,8 @@ The recipe of one machine on many: tasks that datatrove's executors run, on this
 
     python -m hf_cram.data.scale RECIPE --executor ray --tasks 512 --workers 128 --cache_dir SHARED_FOLDER
 
-The rows are those of `hf_cram.data.pipeline`, to the byte, and training finds them in `cache_dir`.
+The rows are those of `hf_cram.data.pipeline`, to the byte, and training finds them in `cache_dir`, of text that streams
+with `--text_for_budget false`.
 """
 
 import logging
@@ -93,7 +94,7 @@ def main(data: DataArguments, scale: ScaleArguments, publish: PublishArguments) 
 
 if __name__ == "__main__":
     # The program reads recipes, which belong to a higher layer.
-    from ..prepare import RECIPE_PARTS, RecipeParser, TrainingFields
+    from ..prepare import RECIPE_PARTS, RecipeParser, TrainingFields, is_limit_wanted
 
     parser = RecipeParser((*RECIPE_PARTS, TrainingFields, ScaleArguments), prog=PROGRAM)
     _, data_args, text_args, publish_args, *_, scale_args = parser.parse(sys.argv[1:])
@@ -101,4 +102,7 @@ if __name__ == "__main__":
         parser.error(
             "text_for_budget stops reading where so many tokens are there, which tasks side by side cannot tell: leave it out"
         )
+    if is_limit_wanted(data_args, text_args):
+        logger.warning("The text streams: to train from these rows, and not from as much as the budget can consume, set "
+                       "--text_for_budget false")  # fmt: skip
     sys.exit(main(data_args, scale_args, publish_args))

@@ -1,6 +1,7 @@
 """datatrove's executors for the stages of a plan: on this machine, on a Ray cluster, by Slurm."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import as_completed
@@ -156,6 +157,10 @@ def submit_to_slurm(plan: ScalePlan, arguments: ScaleArguments) -> list[str]:
         executors[-1].run()
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} is not here: submit from a machine that has Slurm's commands") from error
+    except subprocess.CalledProcessError as error:  # its own words stand above
+        raise DataError(
+            "sbatch has refused the job, see its message: look at slurm_partition, slurm_time and slurm_qos"
+        ) from error
     return [str(executor.job_id) for executor in executors]
 
 

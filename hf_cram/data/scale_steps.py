@@ -52,6 +52,7 @@ class PrepareText(PipelineStep):
 
     def _deal(self, text: SourceText, documents: Iterator[str], folder: Path) -> None:
         write_documents(documents, folder)
+        text.check_unchanged()  # a limit may have ended the text before its own look
         text.report.warn()
         position = {"skipped": dict(text.report.counts), "sources": text.counts}
         (folder / POSITION_NAME).write_text(json.dumps(position) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from .hub_datasets import (
     list_folder,
     load_hub_dataset,
     read_hub_dataset,
+    warn_of_formats,
 )
 from .input_files import expand_files, fingerprint_files, size_of_files
 from .installed_docs import fingerprint_installed, read_installed_docs
@@ -63,7 +65,9 @@ class _OpenSource:
         s, content = self.settings, None
         if os.path.isdir(name):  # of any length
             self._folder = Path(name).absolute()
-            self._stamps = stamps_of(list_folder(self._folder))
+            files = list_folder(self._folder)
+            self._stamps = stamps_of(files)
+            warn_of_formats(self._folder, files)
             content = fingerprint_folder(self._folder)
         self._dataset = load_hub_dataset(
             name,
@@ -75,6 +79,12 @@ class _OpenSource:
             s.dataset_data_dir,
             None if content is None else cache_of_folder(content),
         )
+        try:
+            self.check_unchanged()
+        except TextChangedError:
+            # What was copied meanwhile goes by the name of the earlier content.
+            shutil.rmtree(cache_of_folder(str(content)), ignore_errors=True)
+            raise
         return content or fingerprint_hub_dataset(self._dataset, name, s.dataset_revision)
 
     def documents(self, report: SkipReport) -> Iterator[str]:

@@ -18,7 +18,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from .cache import cached_entry
 from .errors import DataError, TextChangedError
 from .filtering import DocumentFilter, FilterArguments
-from .ordering import OrderingArguments, order_rows
+from .ordering import OrderingArguments, order_rows, order_settings
 from .packing import pack_rows, token_dtype
 from .source_arguments import SourceArguments
 from .steps import StepRecord, measured_step, read_steps, write_steps
@@ -294,8 +294,3 @@ class RowsStage:
         np.save(folder / "row_order.npy", order)
         counts, edges = np.histogram(scores, HISTOGRAM_BINS)
         return {**order_settings(self.ordering), "counts": counts.tolist(), "edges": edges.tolist()}
-
-
-def order_settings(ordering: OrderingArguments) -> dict[str, Any]:
-    """The settings of the order alone, by name."""
-    return {name: getattr(ordering, name) for name in ("row_order", "reverse_row_order", "row_order_seed")}

@@ -7,8 +7,12 @@ import math
 import re
 import shutil
 import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +24,7 @@ from forked_calls import forked_calls, logged_in_environment
 from hub_server import CUT, TOKEN, Fault, Repository, running_hub
 from huggingface_hub import DatasetCard
 
-from hf_cram.data import export
+from hf_cram.data import export, publish
 from hf_cram.data.cache import cached_entry
 from hf_cram.data.data_card import size_category
 from hf_cram.data.errors import DataError
@@ -216,6 +220,35 @@ def test_exporting_again_gives_the_same_bytes(corpus, folder, options, tmp_path)
         export_corpus(corpus, tmp_path / "again")
 
 
+def test_what_a_killed_export_has_left_goes(corpus, tmp_path):
+    leftover = tmp_path / ".out.unfinished"
+    (leftover / "data").mkdir(parents=True)
+    export_corpus(corpus, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_that_push_the_same_rows_do_not_take_them_from_each_other(corpus, options, monkeypatch):
+    ready, uploaded = threading.Event(), []
+
+    def upload(folder, name):
+        files = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+        ready.set()
+        time.sleep(0.3)
+        assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == files
+        uploaded.append(name)
+
+    monkeypatch.setattr(publish, "with_retries", lambda action, *_: action())
+    monkeypatch.setattr(publish.HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(publish, "_is_foreign", lambda name: False)
+    monkeypatch.setattr(publish, "_upload", upload)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(publish.publish_corpus, corpus, "me/first", **options)
+        assert ready.wait(60)
+        publish.publish_corpus(corpus, "me/second", **options)
+        first.result()
+    assert uploaded == ["me/first", "me/second"]
+
+
 def test_a_failed_export_leaves_nothing(corpus, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -369,7 +402,7 @@ def test_a_folder_that_holds_anything_else_stays_as_it_is(corpus, arguments, cop
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file", "file/below"):
         with pytest.raises(
-            DataError, match="is there already: name a new folder|cannot be made in .*/file: name another"
+            DataError, match="is there already: name a new folder|file/below cannot be made or written to"
         ):
             PublishArguments(export_corpus_to=str(tmp_path / name))
     for name in ("", "x" * 300, "~nobody-of-this-name/rows"):
@@ -603,6 +636,32 @@ def test_settings_that_ask_for_other_rows_are_one_line(folder, arguments, corpus
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(DataError, match="tokenizer_name"):
         published.check_arguments(DataArguments(dataset_name=str(folder), tokenizer_name=str(tmp_path / "tokenizer")))
+
+
+def test_an_order_asked_for_is_the_whole_of_it(arguments, tmp_path):
+    for made, asked, told in (
+        (
+            {"reverse_row_order": True},
+            {"row_order": "sentence_length"},
+            "reverse_row_order False .there True.",
+        ),
+        (
+            {"row_order": "random", "row_order_seed": 7},
+            {"row_order": "random", "row_order_seed": 0},
+            "row_order_seed 0 .there 7.",
+        ),
+    ):
+        folder = tmp_path / told[:5]
+        ordered = replace(arguments, **made)
+        export_corpus(prepare_corpus(ordered), folder, settings=row_settings(ordered))
+        published = find_published_corpus(str(folder))
+        published.check_arguments(DataArguments(dataset_name=str(folder)))
+        published.check_arguments(DataArguments(dataset_name=str(folder), **{**asked, **made}), list(asked))
+        with pytest.raises(DataError, match=told):
+            published.check_arguments(DataArguments(dataset_name=str(folder), **asked), list(asked))
+        if "row_order_seed" in asked:
+            with pytest.raises(DataError, match=told):
+                published.check_arguments(DataArguments(dataset_name=str(folder)), ["row_order_seed"])
 
 
 def test_a_name_that_cannot_be_is_known_before_the_work():

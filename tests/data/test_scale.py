@@ -76,6 +76,24 @@ def test_files_that_change_after_the_plan_are_an_error(tmp_path):
         list(plan.documents([2], SkipReport()))
 
 
+def test_text_that_changes_while_it_is_dealt_is_not_kept(tmp_path, monkeypatch):
+    """A limit ends the text before the source's own look at its files."""
+    scale_steps = pytest.importorskip("hf_cram.data.scale_steps", reason="needs the extra `scale`")
+    files = write_files(tmp_path / "text")
+    plan = make_plan(recipe(files, tmp_path / "cache", max_documents=100), tasks=2)
+    assert plan.files is None
+
+    def write_and_change(documents, folder):
+        texts.write_documents(documents, folder)
+        with open(files / "0.txt", "a") as stream:
+            stream.write("one more line of text\n")
+
+    monkeypatch.setattr(scale_steps, "write_documents", write_and_change)
+    with pytest.raises(DataError, match=r"0\.txt: it has changed since this run began"):
+        scale_steps.PrepareText(plan).run()
+    assert not plan.blocks.exists()
+
+
 def test_parts_are_neighbours_of_about_equal_size():
     assert cut_by_size([10, 10, 10, 10], 2) == [slice(0, 2), slice(2, 4)]
     assert cut_by_size([90, 5, 5], 2) == [slice(0, 1), slice(1, 3)]
@@ -526,6 +544,13 @@ def test_slurm_scripts_are_arrays_that_wait_for_each_other(tmp_path, datatrove, 
     assert "--dependency" not in calls[0]
     assert "--dependency=afterok:100" in calls[1]
     assert "--dependency=afterok:102" in calls[2]
+
+
+def test_a_job_that_slurm_refuses_is_one_line(tmp_path, datatrove, slurm, capsys):
+    (slurm / "sbatch").write_text("#!/bin/bash\necho invalid partition >&2; exit 1\n")
+    scale = ScaleArguments(executor="slurm", tasks=2, slurm_partition="cpuu")
+    assert main(recipe(write_files(tmp_path / "text"), tmp_path / "cache"), scale, PublishArguments()) == 1
+    assert "sbatch has refused the job, see its message: look at slurm_partition" in capsys.readouterr().err
 
 
 @pytest.mark.slow

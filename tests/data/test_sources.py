@@ -488,3 +488,77 @@ def test_a_hub_recipe_streams_and_has_no_network_here(tmp_path, recipe):
 def test_a_data_set_that_cannot_be_had():
     with pytest.raises(DataError, match="'nobody/nothing'.*cannot be loaded"):
         load_hub_dataset("nobody/nothing", None, "train", None, "text", False)
+
+
+def test_settings_that_a_source_has_no_use_for_are_refused():
+    for values, told in (
+        (
+            {"dataset_name": "some/set", "text_file_documents": "blank_line"},
+            "text_file_documents: 'blank_line' is for",
+        ),
+        ({"dataset_config_name": "en"}, "dataset_config_name is set, and no data set is named"),
+        ({"dataset_revision": "v1", "dataset_name": "installed-docs"}, "dataset_revision is set, and no data set"),
+        (
+            {"sources": {"a": {"dataset_name": "b/c", "text_file_documents": "blank_line"}}},
+            "source 'a': text_file_doc",
+        ),
+    ):
+        with pytest.raises(DataError, match=told) as caught:
+            SourceArguments(**values)
+        assert "\n" not in str(caught.value)
+    # What a mix says for all counts where it can.
+    sources = {"a": {"dataset_name": "b/c"}, "d": {"train_files": ["e.txt"]}}
+    mixed = SourceArguments(sources=sources, text_file_documents="blank_line").named_sources()
+    assert [source.text_file_documents for source in mixed.values()] == ["line", "blank_line"]
+
+
+def test_files_of_git_and_of_the_hubs_client_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    before = fingerprint_folder(tmp_path)
+    for name in (".git/FETCH_HEAD", ".cache/huggingface/download/a.txt.metadata", "data/.DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("another moment")
+        assert fingerprint_folder(tmp_path) == before
+    (tmp_path / ".hidden.txt").write_text("text")  # which a card may name
+    assert fingerprint_folder(tmp_path) != before
+
+
+def test_a_folder_of_several_formats_says_so(tmp_path, caplog):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("A document.\n")
+    TextSource(SourceArguments(dataset_name=str(folder)), tmp_path)
+    assert "several formats" not in caplog.text
+    (folder / "c.jsonl").write_text('{"text": "Another one."}\n')
+    source = TextSource(SourceArguments(dataset_name=str(folder)), tmp_path)
+    assert "holds files of several formats (.jsonl, .txt)" in caplog.text
+    assert list(source.documents()) == 2 * ["A document."]  # as the warning says
+
+
+def test_a_damaged_archive_is_one_line(tmp_path):
+    (tmp_path / "corpus.zip").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(DataError, match="cannot be loaded: ") as caught:
+        TextSource(SourceArguments(dataset_name=str(tmp_path)), tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_copy_of_text_that_changed_while_it_was_copied_is_not_kept(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "README.md").write_text(readme({"all": "a.txt"}))
+    (folder / "a.txt").write_text("The first text.\n")
+    fingerprint = fingerprint_folder(folder)
+
+    def load_changed(*arguments, **options):
+        (folder / "a.txt").write_text("Quite another text.\n")
+        return load_hub_dataset(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_cram.data.sources.load_hub_dataset", load_changed)
+        with pytest.raises(DataError, match="a.txt: it has changed since this run began"):
+            TextSource(SourceArguments(dataset_name=str(folder)), tmp_path)
+    (folder / "a.txt").write_text("The first text.\n")
+    assert fingerprint_folder(folder) == fingerprint
+    source = TextSource(SourceArguments(dataset_name=str(folder)), tmp_path)
+    assert list(source.documents()) == ["The first text."]

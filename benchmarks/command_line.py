@@ -1,0 +1,38 @@
+"""What the command lines of the benchmarks have in common: names from a list, and one line for a mistake."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import yaml
+
+
+def choose(parser: argparse.ArgumentParser, option: str, text: str, valid: Collection[str]) -> list[str]:
+    """The names in a comma-separated text; ends the program for one that is not valid."""
+    names = text.split(",")
+    for name in names:
+        if name not in valid:
+            parser.error(f"{option}: no {name!r}: choose from {', '.join(valid)}")
+    return names
+
+
+def check_file(parser: argparse.ArgumentParser, option: str, path: Path) -> None:
+    """End the program where there is no such file."""
+    if not path.is_file():
+        parser.error(f"{option}: no file {path}")
+
+
+def run_main(main: Callable[[], None], kept: str = "nothing is kept") -> None:
+    """Run a benchmark: what the user can mend, and Ctrl-C, end it in one line; `kept` says of what there is then."""
+    program = f"benchmarks/{Path(sys.argv[0]).name}"
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"{program}: stopped; {kept}", file=sys.stderr)
+        sys.exit(130)
+    except subprocess.CalledProcessError as error:  # a measurement in a process of its own, whose words stand above
+        sys.exit(f"{program}: error: a measurement has failed (exit status {error.returncode})")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"{program}: error: {' '.join(str(error).split())}")
