@@ -39,7 +39,13 @@ from hf_cram.launching import end_process, end_with_launcher, start_missing_proc
 from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.output_folder import lock_run, set_aside
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
-from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, TextBudgetArguments
+from hf_cram.script_args import (
+    RECIPE_PARTS,
+    CardArguments,
+    MaskingArguments,
+    TextBudgetArguments,
+    check_row_length,
+)
 from hf_cram.text_budget import is_limit_wanted, limit_text_to_budget
 from hf_cram.trainer import CramTrainer, NonFiniteError
 from hf_cram.training_args import CramTrainingArguments, check_given
@@ -51,7 +57,7 @@ EVAL_MLM_PROBABILITY = 0.15
 EVAL_MASK_SEED = 2212
 # What run_glue.py and hf_cram.minimal_pairs leave in a model's folder, the card that tells of it, and the recipe.
 OF_EARLIER_WEIGHTS = (
-    "glue_results.*", "glue_submission.zip", "minimal_pairs_results.json", ".eval_results", "README.md", "recipe.yaml",
+    "glue_results.*", "glue_submission.zip*", "minimal_pairs_results.json*", ".eval_results", "README.md", "recipe.yaml",
 )  # fmt: skip
 # Of the Trainer's own fields, those that a recipe is made of.
 TRAINER_FIELDS = (
@@ -175,14 +181,6 @@ def tell_of(corpus: PreparedCorpus) -> None:
     )  # fmt: skip
     if not corpus.from_cache:
         logger.info("What preparing took:\n%s", corpus.table)
-
-
-def check_row_length(max_seq_length: int, max_position_embeddings: int) -> None:
-    if max_seq_length > max_position_embeddings:
-        raise DataError(
-            f"max_seq_length ({max_seq_length}) is beyond max_position_embeddings ({max_position_embeddings}): raise "
-            "the latter"
-        )
 
 
 def build_trainer(

@@ -103,8 +103,8 @@ def load_errors(checkpoint: Path) -> Iterator[None]:
     except (EOFError, OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         if is_out_of_memory(error):
             raise
-        # torch tells of such a file how to read foreign ones.
-        is_no_archive = isinstance(error, EOFError | UnpicklingError)
+        # torch tells of such a file how to read foreign ones; "Unsupported" names what it will not read.
+        is_no_archive = isinstance(error, EOFError | UnpicklingError) and "Unsupported" not in str(error)
         cause = "a file of it is damaged" if is_no_archive else " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{checkpoint} cannot be loaded ({cause}): name another one, with the fields "

@@ -164,6 +164,8 @@ def arch_of(config: CrammedBertConfig, classifies: bool) -> dict[str, Any]:
     arch["nonlin"] += "glu" if config.gated_linear_unit else ""
     arch["embedding.embedding_dim"] = config.hidden_size
     arch["num_labels"] = config.num_labels if classifies else None
+    if classifies and config.classifier_pooling == "mean":
+        logger.warning("padded sequences score differently: the paper's mean counts padding, ours leaves it out")
     return arch
 
 
@@ -214,8 +216,6 @@ def config_from_paper(values: Mapping[str, Any]) -> CrammedBertConfig:
             fields["id2label"], fields["label2id"] = labels, {label: int(index) for index, label in labels.items()}
     config = build_config({**fields, "problem_type": values.get("problem_type")})
     possible = arch_of(config, classifies)
-    if classifies and config.classifier_pooling == "mean":
-        logger.warning("padded sequences score differently: the paper's mean counts padding, ours leaves it out")
     for key, value in arch.items():
         if key not in possible:
             raise ConversionError(f"arch.{key} = {value!r} is a setting that hf_cram does not know")

@@ -3,11 +3,36 @@
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 WITHOUT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say whose folders cannot be flushed
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that have none
+
+
+@contextmanager
+def file_lock(path: Path, timeout: float = -1.0) -> Iterator[bool]:
+    """
+    Hold the lock on the file `path`, which is made and stays; gives False where the file system has no locks.
+
+    Raises filelock's `Timeout` after so many seconds (default: never), and `OSError` where it cannot be made.
+    """
+    # Not a marker file in the place of a lock: a killed process would leave it behind.
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=timeout)
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def can_make(path: Path) -> bool:

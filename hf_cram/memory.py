@@ -54,6 +54,7 @@ class TrainingSetup:
         autocast_dtype: dtype of autocast, `None` trains in fp32.
         optimizer: `"adamw"` or `"muon"` ([`MuonWithAdamW`]).
         gradient_checkpointing: keep the inputs of the layers only, and compute the rest again in backward.
+        checkpointed_every: of so many layers one.
         accumulates_gradients: an optimiser step has several micro-batches, so that the gradients of the earlier ones
             are there at the peak.
     """
@@ -63,6 +64,7 @@ class TrainingSetup:
     autocast_dtype: torch.dtype | None = torch.bfloat16
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
+    checkpointed_every: int = 1
     accumulates_gradients: bool = True
 
     def __post_init__(self) -> None:
@@ -160,7 +162,8 @@ class CountedTraining:
         self.saved_bytes = 0
         self.model = AutoModelForMaskedLM.from_config(config).train()
         if setup.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+            choices = {"every_n_layers": setup.checkpointed_every} if setup.checkpointed_every > 1 else {}
+            self.model.activation_checkpointing_enable(**choices)
         for weight in (*self.model.parameters(), *self.model.buffers()):
             ledger.mark(weight, "weights")
         for parameter in self.model.parameters():
@@ -296,8 +299,13 @@ def recipe_setup(
 ) -> TrainingSetup:
     """
     The setup of a recipe, at the largest of its mask rates. Where it leaves bf16 open, fp32 is taken: the larger of
-    the two. Raises `ValueError` for an optimiser whose states it does not know.
+    the two. Raises `ValueError` for an optimiser whose states it does not know, and for activations that are kept elsewhere.
     """
+    checkpointing: dict[str, Any] = dict(training_args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]
+    if training_args.activation_checkpointing and checkpointing.get("offload"):
+        raise ValueError(
+            "activation_checkpointing_kwargs: what offload leaves on the GPU is not known here: leave it out"
+        )
     if training_args.optim not in ADAMW_NAMES:
         raise ValueError(
             f"optim: the states of {OptimizerNames(training_args.optim).value} are not known here: leave it out"
@@ -308,6 +316,7 @@ def recipe_setup(
         autocast_dtype=torch.float16 if training_args.fp16 else torch.bfloat16 if training_args.bf16 else None,
         optimizer="adamw" if training_args.muon_learning_rate is None else "muon",
         gradient_checkpointing=bool(training_args.activation_checkpointing),
+        checkpointed_every=checkpointing.get("every_n_layers", 1),
         accumulates_gradients=training_args.largest_batch_rows > training_args.smallest_batch_rows,
     )
 

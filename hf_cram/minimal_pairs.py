@@ -264,12 +264,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model_name = model_folder.resolve().name if model_folder.is_dir() else options.model
     try:
         check_output_dir(output_dir, model_folder)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        pairs = read_pairs(options.pairs, options.limit)
         transformers_logging.disable_progress_bar()  # one bar, over the tokens
         model, tokenizer = load_model(options.model, choose_device(options.device), options.trust_remote_code)
         told = {"model": model_name, "model_id": name_model(options.model)}
         check_scores(output_dir, model_folder, told)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        pairs = read_pairs(options.pairs, options.limit)
         make_fast(model, tokenizer, pairs, options.bf16, options.torch_compile, options.batch_tokens)
         results = {
             "bf16": model.dtype == torch.bfloat16,

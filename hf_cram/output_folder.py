@@ -1,21 +1,20 @@
 """The output folder of a run: one run at a time, and nothing in it of another run or of other weights."""
 
-import errno
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from .checkpointing import CheckpointError, read_clock, step_of
+from .files import file_lock
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".run.lock"
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that have none
 LOCK_SECONDS = 10.0  # the loader's workers of a killed run hold its lock until they notice
 
 
@@ -26,22 +25,16 @@ def lock_run(output_dir: Path) -> Iterator[None]:
     each would move or delete what the other has written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    # Not a marker file in the place of a lock: a killed run would leave it behind.
-    lock = FileLock(output_dir / LOCK_NAME, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        raise CheckpointError(
-            f"Another run is at work in {output_dir}: wait for its end, stop it, or name another --output_dir"
-        ) from None
-    except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
-            raise
-        logger.warning("%s cannot be locked (%s): start no other run in it", output_dir, error.strerror)
-    try:
+    with ExitStack() as stack:
+        try:
+            is_locked = stack.enter_context(file_lock(output_dir / LOCK_NAME, LOCK_SECONDS))
+        except Timeout:
+            raise CheckpointError(
+                f"Another run is at work in {output_dir}: wait for its end, stop it, or name another --output_dir"
+            ) from None
+        if not is_locked:
+            logger.warning("%s cannot be locked on this file system: start no other run in it", output_dir)
         yield
-    finally:
-        lock.release()
 
 
 def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> Path | None:

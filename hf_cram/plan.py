@@ -178,7 +178,7 @@ def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> s
         shape = nearest.shape
         why = f"the nearest that fits the memory ({shape.num_hidden_layers} x {shape.hidden_size} does not) to"
     lines += [
-        f"Speed: {MATMUL_PEAK_SHARE:.0%} of the measured {plan.precision} products of each shape's decoder.",
+        f"Speed: {MATMUL_PEAK_SHARE:.0%} of the {plan.precision} products of each shape's decoder, as measured or given.",
         f"Size: in {time_budget} this one sees {describe_ratio(chosen.tokens_per_parameter)} tokens a parameter, {why} the "
         f"{describe_ratio(chosen.best_tokens_per_parameter)} at which {chosen.tokens * chosen.flops_per_token:.1e} FLOPs buy the "
         "lowest loss. Its depth and vocabulary come with its width.",
@@ -190,7 +190,9 @@ def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> s
         + (f"; Muon {MUON_LEARNING_RATE:g} for the matrices" if plan.uses_muon else "; no Muon")
         + f", whose own products would be {plan.muon_share:.0%} of a step's (up to {LARGEST_MUON_SHARE:.0%} pays).",
     ]
-    if chosen.times_off > FAR_OFF and chosen is nearest:
+    is_short_of_text = chosen.tokens_per_parameter < chosen.best_tokens_per_parameter
+    is_beyond = chosen.shape is (SHAPES[0] if is_short_of_text else SHAPES[-1])
+    if is_beyond and chosen.times_off > FAR_OFF:
         lines.append(f"The shapes end here: {chosen.times_off:.0f} times off the best tokens a parameter.")
     return "\n".join(lines)
 

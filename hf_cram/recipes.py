@@ -20,6 +20,7 @@ from .data.errors import nearest
 
 # Follow from the tokenizer.
 TOKENIZER_FIELDS = ("vocab_size", "pad_token_id")
+DIGITS = re.compile(r"[+-]?\d[\d_]*(\.\d*)?")
 
 
 def _plain_type(annotation: Any) -> Any:
@@ -72,16 +73,24 @@ def _value_or_none(kind: type) -> Callable[[str], Any]:
     return convert
 
 
+def _spell(digits: str) -> str:
+    """A number as Python writes it."""
+    return str(float(digits) if "." in digits else int(digits))
+
+
 class RecipeLoader(yaml.SafeLoader):
     """
     YAML in which a key that stands twice is an error: one of its values would be lost. What YAML 1.1 takes for a number of
-    base 60 (24:00) or a date (2024-01-01) stays text.
+    base 60 (24:00) or a date (2024-01-01) stays text, as does a number that would not be written as it was (1.10, 0123456).
     """
 
     def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool] | bool) -> str:
         tag = super().resolve(kind, value, implicit)
-        is_base_60 = tag.endswith((":int", ":float")) and ":" in str(value)
-        return "tag:yaml.org,2002:str" if is_base_60 or tag.endswith(":timestamp") else tag
+        is_number = tag.endswith((":int", ":float"))
+        is_base_60 = is_number and ":" in str(value)
+        # 1.10 and 0123456 may be names; what they are as numbers a field of numbers finds out.
+        is_spelled = is_number and DIGITS.fullmatch(str(value)) and str(value) != _spell(str(value))
+        return "tag:yaml.org,2002:str" if is_base_60 or is_spelled or tag.endswith(":timestamp") else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
@@ -136,16 +145,17 @@ class RecipeParser(HfArgumentParser):
             self.set_defaults(**self._read_recipe(Path(arguments.pop(0))))
             while arguments and arguments[0].endswith((".yaml", ".yml")):
                 self.set_defaults(**self._read_recipe(Path(arguments.pop(0))))
-        try:
-            *dataclasses, unknown = self.parse_args_into_dataclasses(
-                arguments, return_remaining_strings=True, look_for_args_file=False
-            )
-        except ValueError as error:
-            self.error(str(error))
-        for flag in unknown:
+        # Before the dataclasses look at their values, which a misspelt option leaves at the default.
+        for flag in self.parse_known_args(arguments)[1]:
             if flag.startswith("--"):
                 self.error(f"unknown option {flag}{self._nearest(flag.lstrip('-').split('=')[0])}")
+            if flag.endswith((".yaml", ".yml")):
+                self.error(f"unexpected argument {flag!r}: recipes stand before the options")
             self.error(f"unexpected argument {flag!r}: options are written --name value")
+        try:
+            dataclasses = self.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        except ValueError as error:
+            self.error(str(error))
         # Every spelling counts: --learning_rate, --learning-rate, --no_final_norm.
         options = [self._option_string_actions.get(argument.split("=")[0]) for argument in arguments]
         flags = {action.dest for action in options if action is not None}

@@ -5,6 +5,7 @@ from typing import Any
 
 from .configuration_crammed_bert import CrammedBertConfig
 from .data.collator import check_replacement, parse_phases
+from .data.errors import DataError
 from .data.languages import language_code
 from .data.pipeline import DataArguments
 from .data.publish import PublishArguments
@@ -97,8 +98,21 @@ RECIPE_PARTS = (
 )
 
 
+def check_row_length(max_seq_length: int, max_position_embeddings: int) -> None:
+    """Raises [`DataError`] for rows that are longer than the model's positions."""
+    if max_seq_length > max_position_embeddings:
+        raise DataError(
+            f"max_seq_length ({max_seq_length}) is beyond max_position_embeddings ({max_position_embeddings}): raise "
+            "the latter"
+        )
+
+
 def planned_config(model_args: Any, data_args: DataArguments) -> CrammedBertConfig:
-    """The model of a recipe before its text is prepared: with the vocabulary of the named tokenizer, or as asked for."""
+    """
+    The model of a recipe before its text is prepared: with the vocabulary of the named tokenizer, or as asked for. Raises
+    [`DataError`].
+    """
+    check_row_length(data_args.max_seq_length, model_args.max_position_embeddings)
     values = {spec.name: getattr(model_args, spec.name) for spec in fields(model_args)}
     name = data_args.tokenizer_name
     return CrammedBertConfig(**values, vocab_size=len(load_tokenizer(name)) if name else data_args.vocab_size)

@@ -82,9 +82,8 @@ class OpenPrecisionArguments(TrainingArguments):
         # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
         asked_for_bf16, self.bf16 = self.bf16, False
         launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-        if self.torch_compile_backend == "no":  # also of arguments that were copied
-            self.torch_compile_backend = None
-            self.torch_compile = bool(self.torch_compile)
+        if (self.torch_compile_backend or "").lower() == "no":  # also of arguments that were copied
+            self.torch_compile = False
         if self.torch_compile is False:  # the base class would compile for either of these
             self.torch_compile_backend = self.torch_compile_mode = None
         is_open = self.torch_compile is None and self.torch_compile_backend is None

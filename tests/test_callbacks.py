@@ -19,6 +19,14 @@ def test_fills_are_words_and_the_model_stays_as_it_was(tiny_config, tokenizer):
     assert [fill["sentence"] for fill in fills] == ["w1 w2 [MASK] w4", "[MASK] w9"]
     assert all(len(fill["fills"]) == 4 for fill in fills)
     assert all(word in tokenizer.get_vocab() and word.startswith("w") for fill in fills for word in fill["fills"])
+    # The likeliest ones in the place of the mask, of the sentence and a separator.
+    ids = tokenizer("w1 w2 [MASK] w4", add_special_tokens=False)["input_ids"] + [tokenizer.sep_token_id]
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([ids])).logits[0, 2]
+    model.train()
+    words = sorted((word for word in tokenizer.get_vocab() if word.startswith("w")), key=lambda word: -logits[
+        tokenizer.get_vocab()[word]])  # fmt: skip
+    assert fills[0]["fills"] == words[:4]
     assert model.training
     assert torch.is_grad_enabled()
 

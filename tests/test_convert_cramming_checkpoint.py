@@ -254,7 +254,7 @@ def test_classifiers_give_the_papers_logits_and_come_back(tmp_path, pooler, capl
     assert_converts_there_and_back(tmp_path, values, tensors, AutoModelForSequenceClassification)
     config = CrammedBertConfig.from_pretrained(tmp_path / "ours")
     assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
-    assert ("padded sequences" in caplog.text) == (pooler == "avg")
+    assert caplog.text.count("padded sequences") == (2 if pooler == "avg" else 0)  # there and back
 
 
 def test_a_regression_comes_back_too(tmp_path):

@@ -27,10 +27,10 @@ from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.classifier import build_classifier, fingerprint, load_tokenizer, set_dropout
 from hf_cram.fine_tuning import parameter_groups
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
-from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics
+from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics, load_metric
 from hf_cram.glue_data import load_glue_task, load_own_task
 from hf_cram.glue_encoding import encode_task
-from hf_cram.glue_outputs import is_fuller, submission_lines
+from hf_cram.glue_outputs import is_fuller, median_seed, submission_lines
 from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
 from hf_cram.paper_results import PAPER_GLUE_ROWS
 from hf_cram.report import load_run, markdown_table
@@ -485,6 +485,27 @@ def test_an_edited_metric_is_another_setting_where_it_is_named_by_its_folder(glu
     assert len(names) == 2
 
 
+def test_classes_have_the_benchmarks_names_in_a_submission():
+    def named(task, count):
+        return [str(label) for _, label in submission_lines(TASKS[task], np.arange(count))]
+
+    assert named("mnli", 3) == ["entailment", "neutral", "contradiction"]
+    assert named("qnli", 2) == named("rte", 2) == ["entailment", "not_entailment"]
+    assert named("sst2", 2) == named("wnli", 2) == ["0", "1"]
+
+
+def test_the_submission_is_that_of_the_median_seed():
+    assert median_seed({1: 3.0, 2: 1.0, 3: 2.0}) == 3
+    assert median_seed({1: 3.0, 2: 1.0}) == 2
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_has_its_headline_metric(name):
+    metric, _ = load_metric(None, TASKS[name])
+    scores = metric.compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 1])
+    assert TASKS[name].headline in scores
+
+
 def test_values_of_a_regression_are_cut_for_the_benchmark_only():
     own = Task("prices", ("text",), "pearson", (), {}, {})
     assert submission_lines(own, np.array([-3.25, 120.5])) == [(0, "-3.25"), (1, "120.5")]
@@ -503,6 +524,23 @@ def test_precision_is_decided_once_and_kept(monkeypatch, glue_data, model_folder
     lines = [json.loads(line) for line in (out / "glue_runs.jsonl").read_text().splitlines()]
     assert [line["setting"]["bf16"] for line in lines] == [True] * 4
     AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weight_decay": 0.1}, {"warmup_steps": 0.2}, {"layer_lr_decay": 0.9}, {"max_grad_norm": 0.5},
+     {"adam_beta2": 0.98}, {"gradient_accumulation_steps": 2}, {"max_steps": 5}, {"train_sampling_strategy": "random"}],
+)  # fmt: skip
+def test_another_setting_is_other_pairs(glue_data, model_folder, tmp_path, change):
+    run, args = prepared(model_folder, tmp_path, glue_data=str(glue_data), tasks="wnli")
+    changed = FineTuningArguments(str(tmp_path / "out"), report_to="none", bf16=False, **change)
+    assert run.setting_id(changed) != run.setting_id(args)
+
+
+def test_fewer_examples_are_other_pairs(glue_data, model_folder, tmp_path):
+    all_of_them, args = prepared(model_folder, tmp_path, glue_data=str(glue_data), tasks="wnli")
+    few, _ = prepared(model_folder, tmp_path, glue_data=str(glue_data), tasks="wnli", max_train_samples=20)
+    assert few.setting_id(args) != all_of_them.setting_id(args)
 
 
 def test_other_data_are_other_pairs(monkeypatch, model_folder, tmp_path):
@@ -956,7 +994,6 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--fp16_full_eval", "true", "fp16_full_eval has no place here"),
         ("--auto_find_batch_size", "true", "auto_find_batch_size would train with another batch"),
         ("--enable_jit_checkpoint", "true", "enable_jit_checkpoint would score what a signal has stopped half-way"),
-        ("--use_liger_kernel", "true", "use_liger_kernel: liger-kernel is not installed"),
         ("--language", "de", "language is for the card of a model of your own data"),
         ("--prediction_loss_only", "true", "prediction_loss_only would leave no predictions to score"),
         ("--eval_do_concat_batches", "false", "eval_do_concat_batches has no place here"),
@@ -966,7 +1003,6 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
             "cosine_with_min_lr",
             "lr_scheduler_kwargs do not suit lr_scheduler_type cosine_with_min_lr: ",
         ),
-        ("--deepspeed", "ds.json", "'deepspeed>="),
         ("--optim", "adafactor", "leave out optim"),
         ("--seed", "7", "seed is chosen by seeds: leave it out, and name one seed as '7,'"),
         ("--resume_from_checkpoint", "true", "an interrupted run goes on by itself"),

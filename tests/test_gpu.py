@@ -15,7 +15,12 @@ from hf_cram.hardware import bf16_is_faster, measure_matmul_flops
 from hf_cram.trainer import CramTrainer
 from hf_cram.training_args import CramTrainingArguments
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device is visible: make test-gpu shows the first one"
+    ),
+]
 ROTARY = {"position_embedding_type": "rotary"}
 
 

@@ -9,6 +9,7 @@ from conftest import VOCAB_SIZE
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.hardware import (
+    bf16_is_faster,
     bf16_trains_faster,
     can_compile,
     compile_pays_off,
@@ -95,3 +96,16 @@ def test_running_out_of_memory_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_faster_precision_of_a_layer_is_taken(monkeypatch, bf16):
+    forward = torch.nn.Linear.forward
+
+    def slower_in_the_other(self, inputs):
+        if torch.is_autocast_enabled("cpu") != bf16:
+            time.sleep(0.05)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", slower_in_the_other)
+    assert bf16_is_faster(torch.device("cpu"), (8, 8), seconds=0.0) is bf16

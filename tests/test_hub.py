@@ -496,6 +496,30 @@ def test_training_never_waits_and_the_newest_checkpoint_is_pushed_next(tmp_path,
     assert not (tmp_path / hub.PUSHING_NAME).exists()
 
 
+def test_a_result_is_not_pushed_beneath_a_checkpoint_that_is_late(tmp_path, monkeypatch, caplog):
+    entered, release, pushed = threading.Event(), threading.Event(), []
+
+    def stuck_push(folder, target, message, wait=None):
+        pushed.append(message)
+        entered.set()
+        assert release.wait(10)
+        return "address"
+
+    monkeypatch.setattr(hub, "_create_repository", lambda target: "me/x")
+    monkeypatch.setattr(hub, "push_folder", stuck_push)
+    monkeypatch.setattr(hub, "FINISH_SECONDS", 0.1)
+    target = HubTarget("me/x")
+    pusher = HubPusher(tmp_path, target)
+    write_model(tmp_path / "checkpoint-1")
+    pusher.push_checkpoint(tmp_path / "checkpoint-1")
+    assert entered.wait(10)
+    assert not pusher.finish(tmp_path / "result", "End of training")
+    assert f"Push it with: {target.command(tmp_path / 'result')}" in caplog.text
+    release.set()
+    pusher._thread.join(10)
+    assert pushed == ["Training in progress, step 1"]
+
+
 def test_a_run_that_is_refused_its_folder_leaves_what_another_pushes(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "_create_repository", lambda target: "me/x")
     waiting = tmp_path / hub.PUSHING_NAME / "1-checkpoint-1"

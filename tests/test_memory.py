@@ -11,14 +11,18 @@ from conftest import REPOSITORY, VOCAB_SIZE
 from transformers import BertConfig
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, memory
+from hf_cram.data.pipeline import DataArguments
 from hf_cram.memory import (
     StorageLedger,
     TrainingSetup,
     estimate_training_memory,
     largest_micro_batch,
     measure_tensor_memory,
+    recipe_setup,
 )
 from hf_cram.optimization import muon_parameter_groups
+from hf_cram.script_args import MaskingArguments
+from hf_cram.training_args import CramTrainingArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,6 +47,32 @@ def test_ledger_counts_storages_from_birth_to_death():
         del half, view
         assert ledger.live.total() == 128 + 192
     assert ledger.peak.total() == 128 + 64 + 512 + 192
+
+
+def test_checkpointing_one_of_two_layers_lies_between_all_and_none(tiny_config):
+    tiny_config.num_hidden_layers = 6
+    none, half, all_of_them = (
+        estimate_training_memory(tiny_config, replace(PLAIN, **changes), 256).total_bytes
+        for changes in (
+            {}, {"gradient_checkpointing": True, "checkpointed_every": 2}, {"gradient_checkpointing": True},
+        )
+    )  # fmt: skip
+    assert none > 1.05 * half > 1.05**2 * all_of_them
+
+
+def test_what_a_recipe_says_of_checkpointing_counts(tmp_path):
+    def setup(**kwargs):
+        training_args = CramTrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, use_cpu=True, activation_checkpointing=True,
+            activation_checkpointing_kwargs=kwargs,
+        )  # fmt: skip
+        return recipe_setup(DataArguments(), MaskingArguments(), training_args)
+
+    assert setup(every_n_layers=4).checkpointed_every == 4
+    with pytest.raises(
+        ValueError, match="activation_checkpointing_kwargs: what offload leaves on the GPU is not known"
+    ):
+        setup(offload=True)
 
 
 def test_lasting_parts_are_those_of_the_parameters(tiny_config):

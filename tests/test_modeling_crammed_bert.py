@@ -618,6 +618,15 @@ def test_fine_tuning_heads_give_losses(tiny_config):
             loss.backward()
             assert torch.isfinite(loss), model_class
             assert all(p.grad is not None for p in model.parameters()), model_class
+    answers = CrammedBertForQuestionAnswering(tiny_config).eval()
+    starts, ends = labels[CrammedBertForQuestionAnswering].values()
+    outputs = answers(input_ids, start_positions=starts, end_positions=ends)
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = (cross_entropy(outputs.start_logits, starts) + cross_entropy(outputs.end_logits, ends)) / 2
+    torch.testing.assert_close(outputs.loss, expected)
+    tokens = CrammedBertForTokenClassification(tiny_config).eval()
+    outputs = tokens(input_ids, labels=input_ids % 2)
+    torch.testing.assert_close(outputs.loss, cross_entropy(outputs.logits.flatten(0, 1), (input_ids % 2).flatten()))
     regression = CrammedBertForSequenceClassification(changed(tiny_config, num_labels=1))
     values = torch.tensor([0.5, 1.5, 2.5])
     logits = regression.eval()(input_ids=input_ids).logits

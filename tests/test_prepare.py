@@ -212,6 +212,12 @@ def test_published_rows_are_used_as_they_are_whatever_the_budget(recipe, tmp_pat
     assert not (tmp_path / "cache" / "speeds").exists()
 
 
+def test_rows_beyond_the_positions_are_one_line(recipe, capsys):
+    options = ["--fp16", "false", "--use_cpu", "true", "--text_for_budget", "true", "--max_seq_length", "1024"]
+    assert main([str(recipe), *options]) == 1
+    assert "max_seq_length (1024) is beyond max_position_embeddings (" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_line(recipe, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -347,6 +353,25 @@ def test_another_library_or_machine_is_measured_anew(tmp_path, monkeypatch):
             data_args, training_args = arguments(tmp_path, time_budget="100s")
             limited(data_args, training_args, text_for_budget=True)
     assert len(list((tmp_path / "cache/speeds").glob("*.json"))) == 4
+
+
+def test_another_model_batch_or_mask_rate_is_measured_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_budget, "measure_tokens_per_second", lambda *_: 1000.0)
+    for number, (model, training, rate) in enumerate(
+        [
+            ({}, {}, "0.25"),
+            ({"hidden_size": 64}, {}, "0.25"),
+            ({}, {"per_device_train_batch_size": 8}, "0.25"),
+            ({}, {}, "0.4"),
+            ({}, {"bf16": True}, "0.25"),
+            ({}, {"activation_checkpointing": True}, "0.25"),
+        ],
+        start=1,
+    ):
+        data_args, training_args = arguments(tmp_path, time_budget="100s", **training)
+        masking, text = MaskingArguments(mlm_probability=rate), TextBudgetArguments(text_for_budget=True)
+        limit_text_to_budget(data_args, ModelArguments(**{**TINY, **model}), masking, training_args, text)
+        assert len(list((tmp_path / "cache/speeds").glob("*.json"))) == number
 
 
 def test_a_limit_is_for_streams_and_on_request(tmp_path):

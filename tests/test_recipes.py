@@ -164,7 +164,7 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
 def test_every_training_recipe_takes_every_text(recipe, text, tmp_path):
     other = tmp_path / "other.yaml"  # whatever another text was named by is gone
     other.write_text("dataset_data_dir: a\ndataset_revision: b\ndataset_config_name: c\ntrain_files: [d]\n"
-                     "streaming: false\n")  # fmt: skip
+                     "streaming: false\ntext_file_documents: blank_line\n")  # fmt: skip
     (alone,), _ = parse_text(text)
     for before in ([], [other, TEXT_RECIPES[0]]):
         (_, data_args, _, training_args), _ = parse(recipe, *before, text)
@@ -194,6 +194,18 @@ def test_a_revision_that_looks_like_a_date(tmp_path):
     recipe.write_text("sources: {a: {dataset_name: b, dataset_revision: 2024-01-01}}\n")
     (arguments,), _ = parse_text(recipe)
     assert arguments.named_sources()["a"].dataset_revision == "2024-01-01"
+
+
+def test_names_that_look_like_numbers_are_read_as_they_stand(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "output_dir: out\nmax_steps: 1_0\nlearning_rate: 0.10\ntime_budget: 600.0\n"
+        "dataset_name: a/b\ndataset_revision: 1.10\ndataset_config_name: 0123456\n"
+    )
+    parser = RecipeParser((DataArguments, CramTrainingArguments))
+    data, training = parser.parse([str(recipe)])
+    assert (data.dataset_revision, data.dataset_config_name) == ("1.10", "0123456")
+    assert (training.max_steps, training.learning_rate, training.time_budget_seconds) == (10, 0.1, 600.0)
 
 
 def test_what_yaml_takes_for_something_else(tmp_path, capsys):
@@ -297,5 +309,8 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys):
     assert "learning_rate" in failure(capsys, recipe, "--learning_rate", "fast")
     assert "cannot be read: No such file" in failure(capsys, "missing.yaml")
     assert "unexpected argument 'more'" in failure(capsys, recipe, "more")
+    # Before what the values at their defaults lack.
+    assert "unknown option --time_bugdet; did you mean 'time_budget'?" in failure(capsys, "--time_bugdet", "10m")
+    assert "recipes stand before the options" in failure(capsys, "--output_dir", "out", str(recipe))
     assert "set time_budget" in failure(capsys, "--output_dir", "out")
     assert "(100) must be a multiple of" in failure(capsys, recipe, "--hidden_size", 100, "--num_attention_heads", 8)

@@ -41,6 +41,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_cram import CrammedBertForMaskedLM, hardware_choices
+from hf_cram import trainer as trainer_module
 from hf_cram.callbacks import LossCurveCallback
 from hf_cram.checkpointing import (
     CheckpointError,
@@ -49,6 +50,7 @@ from hf_cram.checkpointing import (
     clear_staging,
     last_checkpoint,
     publish_checkpoint,
+    rotate,
 )
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.hardware import RESET_PEAK, MicroBatchMemoryError
@@ -925,6 +927,15 @@ def test_resuming_needs_a_complete_checkpoint(tiny_config, tokenizer, tmp_path):
     assert not (tmp_path / ".saving").exists()
 
 
+def test_the_newest_checkpoint_is_the_one_of_the_latest_step(tmp_path):
+    for step in (8, 9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "cram_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    rotate(tmp_path, 2)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-10"}
+
+
 def test_only_the_newest_checkpoints_are_kept(tiny_config, tokenizer, tmp_path):
     make_trainer(tiny_config, tokenizer, tmp_path, max_steps=6, save_interval="16%", save_total_limit=2).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
@@ -1062,6 +1073,31 @@ def test_the_clock_counts_measuring_evaluating_and_saving(tiny_config, tokenizer
     # 4 to measure the machine, 6 steps, 2 for the evaluation at half of the budget, 1 for the checkpoint, 7 steps.
     assert trainer.budget_metrics()["train_seconds"] == 20.0
     assert trainer.state.global_step == 13
+
+
+def test_the_clock_counts_the_embeddings_and_not_the_last_save(tiny_config, tokenizer, tmp_path, monkeypatch):
+    clock = FakeClock()
+    save, initialize = CramTrainer._save_checkpoint, trainer_module.initialize_embeddings_from_text
+
+    def save_slowly(self, *arguments, **options):
+        clock.now += 3.0
+        return save(self, *arguments, **options)
+
+    def initialize_slowly(*arguments, **options):
+        clock.now += 4.0
+        return initialize(*arguments, **options)
+
+    monkeypatch.setattr(CramTrainer, "_save_checkpoint", save_slowly)
+    monkeypatch.setattr(trainer_module, "initialize_embeddings_from_text", initialize_slowly)
+    trainer = make_trainer(
+        tiny_config, tokenizer, tmp_path, clock=clock, callbacks=[Pass(clock)], time_budget="20s",
+        embeddings_from_text=True, save_interval="90%",
+    )  # fmt: skip
+    trainer.train()
+    # 4 to count, 14 steps to 90 %, 3 to save, and the step that ends beyond; the last checkpoint is behind the clock.
+    assert trainer.state.global_step == 15
+    assert trainer.budget_metrics()["train_seconds"] == 22.0
+    assert RunState.load(last_checkpoint(tmp_path)).elapsed_seconds == 22.0
 
 
 def test_evaluating_does_not_change_the_training(tiny_config, tokenizer, tmp_path):
@@ -1225,8 +1261,6 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"time_budget": "5s", "save_strategy": "best"}, "set save_interval"),
         ({"time_budget": "5s", "save_only_model": True}, "no run can continue from"),
         ({"time_budget": "5s", "train_sampling_strategy": "group_by_length"}, "must be random or sequential"),
-        ({"time_budget": "5s", "report_to": "clearml"}, "clearml is not installed"),
-        ({"time_budget": "5s", "optim": "adamw_bnb_8bit"}, "optim: .*bitsandbytes"),
         ({"time_budget": "5s", "batch_ramp_until": 2.0}, "fraction of the budget"),
         ({"time_budget": "5s", "batch_ramp_until": 0.5}, "set train_batch_rows with it"),
         ({"time_budget": "5s", "label_smoothing_factor": 0.1}, "would change the held-out loss as well"),
@@ -1273,6 +1307,19 @@ def test_wrong_arguments_are_one_line(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             make_arguments(tmp_path, **values)
         assert "secret" not in str(caught.value)
+
+
+def test_packages_that_are_not_here_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_cram.training_args.get_available_reporting_integrations", list)
+    monkeypatch.setattr("hf_cram.training_args.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    for values, message in (
+        ({"report_to": "clearml"}, "report_to: clearml is not installed"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: liger-kernel is not installed"),
+        ({"optim": "adamw_bnb_8bit"}, "optim: .*bitsandbytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_arguments(tmp_path, time_budget="5s", **values)
 
 
 def test_a_default_that_was_asked_for_is_refused_like_any_other_value(tmp_path):
@@ -1411,6 +1458,7 @@ def test_the_launchers_choices_count_where_nothing_else_is_told(
 @pytest.mark.parametrize(
     "values",
     [{"torch_compile": False, "torch_compile_mode": "max-autotune"}, {"torch_compile_backend": "no"},
+     {"torch_compile": True, "torch_compile_backend": "NO"},
      {"torch_compile": False, "torch_compile_backend": "aot_eager"}],
 )  # fmt: skip
 def test_no_compiling_is_none_whatever_else_a_recipe_says(tmp_path, monkeypatch, values):
@@ -1501,6 +1549,16 @@ class Fill(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+class Keyed(Rows):
+    """Rows whose masks go by the pass, as those of a prepared corpus do."""
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "mask_key": self.epoch}
+
+
 def test_rows_of_a_pass_are_each_seen_once_and_reshuffled():
     rows = Rows(20)
     stream = RowStream(rows, shuffle=True, seed=0)
@@ -1514,6 +1572,9 @@ def test_rows_of_a_pass_are_each_seen_once_and_reshuffled():
     assert passes[0] != passes[1]
     straddling = [known[item["input_ids"].tobytes()] for item in stream.__getitems__(list(range(15, 25)))]
     assert straddling == passes[0][15:] + passes[1][:5]
+    keyed = Keyed(20)
+    told = [item["mask_key"] for item in RowStream(keyed, shuffle=True, seed=0).__getitems__(list(range(15, 25)))]
+    assert told == [0] * 5 + [1] * 5  # each pass has its masks
     first = RowStream(rows, shuffle=False, seed=0).__getitems__([0, 1, 2])
     assert all(np.array_equal(item["input_ids"], rows.rows[i]) for i, item in enumerate(first))
 
@@ -1522,7 +1583,9 @@ PARALLEL_SETTINGS = {"train_batch_rows": 16, "batch_ramp_until": 0.5}
 
 PARALLEL = """
 import json
+import os
 import sys
+import time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import Rows
@@ -1539,8 +1602,10 @@ for kind, sessions, settings in (
     ("clock", ([], ), clock),
 ):
     for number, callbacks in enumerate(sessions):
+        # The clock of the second process runs a hundred times too fast, and does not count.
+        fast = {"clock": lambda: 100 * time.monotonic()} if kind == "clock" and os.environ["RANK"] == "1" else {}
         trainer = make_trainer(config, tokenizer, folder / kind, per_device_train_batch_size=2, dataset=Rows(50),
-                               callbacks=callbacks, **PARALLEL_SETTINGS, **settings)
+                               callbacks=callbacks, **PARALLEL_SETTINGS, **settings, **fast)
         trainer.train(resume_from_checkpoint=number > 0)
     trainer.save_model()
     run = trainer.run_state

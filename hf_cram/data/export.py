@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
-from ..files import can_make, flush_to_disk
+from ..files import can_make, file_lock, flush_to_disk
 from .data_card import build_data_card, draw_histogram
 from .errors import DataError, system_cause
 from .ordering import OrderingArguments, score_rows
@@ -64,7 +63,8 @@ def export_corpus(
     staged = folder.with_name(f".{folder.name}.unfinished")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{staged}.lock") as lock:
+        lock = staged.with_name(f"{staged.name}.lock")
+        with file_lock(lock):
             check_is_free(folder)
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
@@ -74,7 +74,7 @@ def export_corpus(
                 os.rename(staged, folder)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
-                Path(lock.lock_file).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({system_cause(error)}): name another folder") from error
 
@@ -83,13 +83,13 @@ def check_is_free(folder: Path) -> None:
     """Raises [`DataError`] for a folder that holds anything, for what is no folder, and where none can be made."""
     try:
         is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        is_writable = can_make(folder)
+        is_writable = can_make(folder.parent)
     except OSError as error:
         raise DataError(f"{folder} cannot be used ({system_cause(error)}): name another folder") from error
     if not is_free:
         raise DataError(f"{folder} is there already: name a new folder, or an empty one")
     if not is_writable:
-        raise DataError(f"{folder} cannot be made or written to: name another folder")
+        raise DataError(f"{folder} cannot be made in {folder.parent}: name another folder")
 
 
 def write_files(

@@ -174,8 +174,9 @@ class PublishedCorpus:
         made_with = self.description.get("settings", {})
         changed = row_settings(arguments, ASKED_OF_ROWS & set(given))
         scores = self.description.get("statistics", {}).get("row_scores", {})
-        row_order = {name: scores.get(name, value) for name, value in order_settings(OrderingArguments()).items()}
-        known = {**made_with, **row_order, "max_seq_length": self.max_seq_length}
+        defaults = order_settings(OrderingArguments())
+        row_order = {name: scores[name] for name in defaults if name in scores}
+        known = {**defaults, **made_with, **row_order, "max_seq_length": self.max_seq_length}
         if "row_order" in changed:
             changed["reverse_row_order"] = arguments.reverse_row_order
             if arguments.row_order == "random":

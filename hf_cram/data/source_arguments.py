@@ -78,15 +78,6 @@ class MixedSource(SourceSettings):
         super().__post_init__()
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise DataError(f"weight must be above 0, got {self.weight}")
-        if self.text_file_documents != "line" and not self.train_files:
-            raise DataError(
-                f"text_file_documents: {self.text_file_documents!r} is for train_files; the txt files of a data set are read "
-                "by lines: name them by train_files"
-            )
-        if self.dataset_name in (None, INSTALLED_DOCS) and not self.train_files:
-            for name in ("dataset_config_name", "dataset_data_dir", "dataset_revision"):
-                if getattr(self, name) is not None:
-                    raise DataError(f"{name} is set, and no data set is named: set dataset_name, or leave {name} out")
         for name in ("max_characters", "max_tokens", "max_passes"):
             value = getattr(self, name)
             if value is not None and value < 1:

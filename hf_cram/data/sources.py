@@ -34,6 +34,8 @@ from .text_files import ReadProgress, read_files
 
 logger = logging.getLogger(__name__)
 
+OF_A_DATASET = ("dataset_config_name", "dataset_data_dir", "dataset_revision")
+
 
 class _OpenSource:
     """One source, found: what identifies it, and its documents."""
@@ -54,6 +56,11 @@ class _OpenSource:
             content = fingerprint_installed()
             self._files = [_cached_documentation(cache / "texts" / content, overwrite_cache)]
             self.text_column = "text"
+            idle = [name for name in OF_A_DATASET if getattr(settings, name) is not None]
+            if idle:
+                logger.warning(
+                    "No data set is named, and %s does nothing: the text is %s", ", ".join(idle), INSTALLED_DOCS
+                )
         else:
             content = self._load(str(settings.dataset_name))
         # Where it lies and how it gets here is not what it is.
@@ -63,6 +70,11 @@ class _OpenSource:
 
     def _load(self, name: str) -> str:
         s, content = self.settings, None
+        if s.text_file_documents != "line":
+            raise DataError(
+                f"text_file_documents: the txt files of data set {name!r} are read by lines: name them by train_files "
+                "(--text_file_documents line leaves a recipe's out)"
+            )
         if os.path.isdir(name):  # of any length
             self._folder = Path(name).absolute()
             files = list_folder(self._folder)

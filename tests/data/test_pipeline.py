@@ -75,11 +75,16 @@ def test_what_matters_rebuilds_and_what_does_not_does_not(tmp_path, text):
         {"row_order": "unigram"},
         {"row_order": "unigram", "reverse_row_order": True},
         {"max_train_tokens": 3000},
+        {"near_dedup_similarity": 0.7},
+        {"near_dedup_similarity": 0.95},
+        {"dedup_substring_bytes": 60},
+        {"dedup_substring_bytes": 80},
+        {"tokenizer_training_characters": 5000},
     ):
         corpus = prepare_corpus(arguments(tmp_path, text, **change))
         assert not corpus.from_cache, change
         folders.add(corpus.directory)
-    assert len(folders) == 12
+    assert len(folders) == 17
     assert prepare_corpus(arguments(tmp_path, text, preprocessing_workers=1)).from_cache
     with pytest.raises(DataError, match="too few to hold some out"):  # the whole file as one document
         prepare_corpus(arguments(tmp_path, text, text_file_documents="blank_line"))

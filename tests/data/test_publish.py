@@ -228,15 +228,21 @@ def test_what_a_killed_export_has_left_goes(corpus, tmp_path):
 
 
 def test_two_runs_that_push_the_same_rows_do_not_take_them_from_each_other(corpus, options, monkeypatch):
-    ready, uploaded = threading.Event(), []
+    ready, written, uploaded = threading.Event(), [], []
+    write_files = publish.write_files
+
+    def write(*arguments):
+        written.append(arguments[3])
+        write_files(*arguments)
 
     def upload(folder, name):
-        files = sorted(path.relative_to(folder) for path in folder.rglob("*"))
         ready.set()
         time.sleep(0.3)
-        assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == files
+        assert written[-1] == name  # the other one has not begun
+        assert (folder / "corpus.json").is_file()
         uploaded.append(name)
 
+    monkeypatch.setattr(publish, "write_files", write)
     monkeypatch.setattr(publish, "with_retries", lambda action, *_: action())
     monkeypatch.setattr(publish.HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr(publish, "_is_foreign", lambda name: False)
@@ -402,7 +408,7 @@ def test_a_folder_that_holds_anything_else_stays_as_it_is(corpus, arguments, cop
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file", "file/below"):
         with pytest.raises(
-            DataError, match="is there already: name a new folder|file/below cannot be made or written to"
+            DataError, match="is there already: name a new folder|file/below cannot be made in .*/file: name"
         ):
             PublishArguments(export_corpus_to=str(tmp_path / name))
     for name in ("", "x" * 300, "~nobody-of-this-name/rows"):
@@ -662,6 +668,10 @@ def test_an_order_asked_for_is_the_whole_of_it(arguments, tmp_path):
         if "row_order_seed" in asked:
             with pytest.raises(DataError, match=told):
                 published.check_arguments(DataArguments(dataset_name=str(folder)), ["row_order_seed"])
+    idle = replace(arguments, row_order="none", row_order_seed=7)  # the seed of no order
+    export_corpus(prepare_corpus(idle), tmp_path / "idle", settings=row_settings(idle))
+    same = replace(idle, train_files=None, dataset_name=str(tmp_path / "idle"))
+    find_published_corpus(str(tmp_path / "idle")).check_arguments(same)
 
 
 def test_a_name_that_cannot_be_is_known_before_the_work():

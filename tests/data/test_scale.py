@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -280,7 +281,6 @@ def test_tasks_with_few_documents_are_told_of(tmp_path, datatrove, monkeypatch, 
 
 
 def test_on_ray_only_tasks_side_by_side_have_a_time(tmp_path, datatrove, monkeypatch):
-    pytest.importorskip("ray", reason="the extra 'scale' is not installed")
     from hf_cram.data import scale_executors
 
     times = {}
@@ -292,7 +292,7 @@ def test_on_ray_only_tasks_side_by_side_have_a_time(tmp_path, datatrove, monkeyp
         run = get_incomplete_ranks = lambda self, **_: []
 
     monkeypatch.setattr(scale_executors, "RayPipelineExecutor", Executor)
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     plan = make_plan(recipe(write_files(tmp_path / "text"), tmp_path / "cache"), tasks=4)
     scale_executors.run_on_ray(plan, ScaleArguments(executor="ray", tasks=4, ray_task_seconds=60))
     assert times == {"text": None, "tokens": 60, "rows": None}

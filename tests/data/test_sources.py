@@ -8,6 +8,7 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -490,22 +491,17 @@ def test_a_data_set_that_cannot_be_had():
         load_hub_dataset("nobody/nothing", None, "train", None, "text", False)
 
 
-def test_settings_that_a_source_has_no_use_for_are_refused():
-    for values, told in (
-        (
-            {"dataset_name": "some/set", "text_file_documents": "blank_line"},
-            "text_file_documents: 'blank_line' is for",
-        ),
-        ({"dataset_config_name": "en"}, "dataset_config_name is set, and no data set is named"),
-        ({"dataset_revision": "v1", "dataset_name": "installed-docs"}, "dataset_revision is set, and no data set"),
-        (
-            {"sources": {"a": {"dataset_name": "b/c", "text_file_documents": "blank_line"}}},
-            "source 'a': text_file_doc",
-        ),
-    ):
-        with pytest.raises(DataError, match=told) as caught:
-            SourceArguments(**values)
-        assert "\n" not in str(caught.value)
+def test_settings_that_a_source_has_no_use_for_are_told(tmp_path, monkeypatch, caplog):
+    by_blank_line = {"dataset_name": "some/set", "text_file_documents": "blank_line"}
+    for values in (by_blank_line, {"sources": {"a": by_blank_line}}):
+        with pytest.raises(
+            DataError, match="text_file_documents: .*'some/set' are read by lines: name them by train_f"
+        ):
+            TextSource(SourceArguments(**values), tmp_path)
+    monkeypatch.setattr("hf_cram.data.sources.fingerprint_installed", lambda: "0" * 24)
+    monkeypatch.setattr("hf_cram.data.sources.read_installed_docs", lambda **_: iter(["A document."]))
+    TextSource(SourceArguments(dataset_config_name="en", dataset_revision="v1"), tmp_path)
+    assert "No data set is named, and dataset_config_name, dataset_revision does nothing" in caplog.text
     # What a mix says for all counts where it can.
     sources = {"a": {"dataset_name": "b/c"}, "d": {"train_files": ["e.txt"]}}
     mixed = SourceArguments(sources=sources, text_file_documents="blank_line").named_sources()
@@ -562,3 +558,27 @@ def test_a_copy_of_text_that_changed_while_it_was_copied_is_not_kept(tmp_path, m
     assert fingerprint_folder(folder) == fingerprint
     source = TextSource(SourceArguments(dataset_name=str(folder)), tmp_path)
     assert list(source.documents()) == ["The first text."]
+
+
+def test_text_of_the_hub_is_known_by_its_revision(monkeypatch):
+    """Streamed: by the commit. Another revision, or another data set, is another text."""
+    stream = IterableDataset.from_generator(lambda: iter([{"text": "A document."}]))
+    asked = []
+
+    def load(name, config, **options):
+        asked.append((name, config, options["revision"]))
+        return stream
+
+    def look_up(self, name, revision=None):
+        return SimpleNamespace(sha=f"{name} at {revision}")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", look_up)
+    identities = {
+        TextSource(
+            SourceArguments(dataset_name=name, dataset_revision=revision, streaming=True), Path("unused")
+        ).identity
+        for name, revision in (("a/b", None), ("a/b", "v1"), ("a/c", None))
+    }
+    assert asked == [("a/b", None, None), ("a/b", None, "v1"), ("a/c", None, None)]
+    assert len(identities) == 3
