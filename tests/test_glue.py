@@ -1178,21 +1178,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, error):
         load_glue_task(TASKS["sst2"])
 
 
-@pytest.mark.slow
-def test_an_output_folder_that_cannot_be_made_is_one_line(python_environment, glue_data, model_folder, tmp_path):
-    (tmp_path / "file").touch()
-    process = subprocess.run(
-        [
-            sys.executable, REPOSITORY / "run_glue.py", "--model_name_or_path", model_folder, "--glue_data", glue_data,
-            "--tasks", "wnli", *FAST, "--output_dir", tmp_path / "file" / "out",
-        ],
-        env=python_environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 1
-    assert process.stderr.splitlines()[-1] == f"run_glue.py: error: {tmp_path / 'file' / 'out'}: Not a directory"
-    assert "Traceback" not in process.stderr
-
-
 def test_lines_of_the_log_that_are_no_results_are_passed_over(monkeypatch, glue_data, model_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -223,7 +223,7 @@ def test_a_fresh_process_loads_result_and_checkpoint_from_the_hub(pushed, server
 
 LASTING = {
     "unauthorised": (Fault("/api/repos/create", 401), "the token is not valid (401): set HF_TOKEN, or run `hf auth"),
-    "forbidden": (Fault("/commit/", 403), "the token may not write to me/forbidden (403)"),
+    "forbidden": (Fault("/commit/", 403), "the token may not write to me/forbidden (403"),
     "busy": (Fault("/preupload/", 500), "the Hub answers 500"),
     "cut": (Fault("/storage/", CUT), "the Hub cannot be reached ("),
 }
