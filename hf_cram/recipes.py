@@ -75,6 +75,7 @@ def _value_or_none(kind: type) -> Callable[[str], Any]:
 
 def _spell(digits: str) -> str:
     """A number as Python writes it."""
+    digits = digits.replace("_", "")
     return str(float(digits) if "." in digits else int(digits))
 
 

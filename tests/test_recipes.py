@@ -206,6 +206,9 @@ def test_names_that_look_like_numbers_are_read_as_they_stand(tmp_path):
     data, training = parser.parse([str(recipe)])
     assert (data.dataset_revision, data.dataset_config_name) == ("1.10", "0123456")
     assert (training.max_steps, training.learning_rate, training.time_budget_seconds) == (10, 0.1, 600.0)
+    recipe.write_text("output_dir: out\nmax_steps: 1__0\n")  # a number to YAML alone
+    with pytest.raises(SystemExit):
+        parser.parse([str(recipe)])
 
 
 def test_what_yaml_takes_for_something_else(tmp_path, capsys):
