@@ -11,7 +11,6 @@ from typing import Any
 from filelock import FileLock
 
 WITHOUT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say whose folders cannot be flushed
-
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that have none
 
 

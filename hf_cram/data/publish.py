@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import file_lock
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, with_retries
 from .cache import MANIFEST_NAME, cached_entry
 from .errors import DataError, first_line, system_cause
@@ -149,7 +149,7 @@ def publish_corpus(
                 f"the corpus is not pushed to {full_name}: that is a data set which hf_cram has not made, and it stays "
                 "as it is: name another push_corpus_to_hub"
             )
-        with FileLock(f"{entry}.upload.lock"):  # runs that push at once have one folder
+        with file_lock(entry.with_name(f"{entry.name}.upload.lock")):  # runs that push at once have one folder
             try:
                 folder, _ = cached_entry(entry, write, overwrite=True)
                 return exchange(lambda: _upload(folder, full_name))
