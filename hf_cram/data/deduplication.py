@@ -113,11 +113,11 @@ def find_near_duplicates(
     return repeated
 
 
-def choose_bands(similarity: float) -> tuple[int, int]:
-    """How many bands of how many minima: the longest ones in one of which 99 % of pairs so similar agree."""
+def choose_bands(similarity: float, recall: float = BAND_RECALL) -> tuple[int, int]:
+    """How many bands of how many minima: the longest ones in one of which this share of pairs so similar agree."""
     for rows in range(NUM_PERMUTATIONS, 1, -1):
         bands = NUM_PERMUTATIONS // rows
-        if 1 - (1 - similarity**rows) ** bands >= BAND_RECALL:
+        if 1 - (1 - similarity**rows) ** bands >= recall:
             return bands, rows
     return NUM_PERMUTATIONS, 1
 

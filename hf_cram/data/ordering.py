@@ -58,8 +58,9 @@ class OrderingArguments:
 
 
 def order_settings(ordering: OrderingArguments) -> dict[str, Any]:
-    """The settings of the order alone, by name; `ordering` may have others too."""
-    return {name: getattr(ordering, name) for name in asdict(OrderingArguments())}
+    """The settings of the order alone, by name; `ordering` may have others too. A seed counts where it is used."""
+    settings = {name: getattr(ordering, name) for name in asdict(OrderingArguments())}
+    return settings if ordering.row_order == "random" else {**settings, "row_order_seed": 0}
 
 
 def score_rows(rows: np.ndarray, tokenizer: PreTrainedTokenizerBase, arguments: OrderingArguments) -> np.ndarray:

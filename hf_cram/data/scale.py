@@ -44,7 +44,8 @@ def run_plan(plan: ScalePlan, scale: ScaleArguments) -> PreparedCorpus | None:
             return None
         if not is_complete(rows):
             raise DataError(f"the rows have not come about, see {plan.folder / 'logs'}")
-        remove_unfinished(plan.folder / "tokens")
+    for folder in (plan.folder, plan.folder / "tokens"):
+        remove_unfinished(folder)
     names = list(plan.arguments.named_sources())
     corpus = open_corpus(rows, plan.arguments.max_seq_length, from_cache=False, source_names=names)
     documents = sum(source["documents"] for source in corpus.statistics["sources"].values())

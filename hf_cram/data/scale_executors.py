@@ -1,12 +1,15 @@
 """datatrove's executors for the stages of a plan: on this machine, on a Ray cluster, by Slurm."""
 
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
@@ -19,11 +22,13 @@ from datatrove.pipeline.dedup import (
     MinhashDedupSignature,
 )
 from datatrove.utils.hashing import HashConfig
+from datatrove.utils.text import TextNormConfig
 
+from .deduplication import choose_bands
 from .errors import DataError
 from .scale_arguments import ScaleArguments
-from .scale_plan import ScalePlan, choose_minhash_bands
-from .scale_steps import FilterAndTokenize, PrepareText, ReadDocuments, SpacedWords, WriteRows
+from .scale_plan import MINHASH_RECALL, ScalePlan
+from .scale_steps import AfterStage, FilterAndTokenize, PrepareText, ReadDocuments, SpacedWords, WriteRows
 from .workers import WorkerKilledError, available_workers, worker_pool
 
 ATTEMPTS = 3
@@ -48,9 +53,13 @@ def make_stages(plan: ScalePlan, arguments: ScaleArguments) -> list[Stage]:
     stages = [Stage("text", [PrepareText(plan)], 1, large, always=True)]
     similarity = plan.arguments.near_dedup_similarity
     if similarity is not None:
-        bands, band_rows = choose_minhash_bands(similarity)
-        # xxhash, the default, takes no str in its version 4.
-        config = MinhashConfig(num_buckets=bands, hashes_per_bucket=band_rows, hash_config=HashConfig(64, "sha1"))
+        bands, band_rows = choose_bands(similarity, MINHASH_RECALL)
+        config = MinhashConfig(
+            num_buckets=bands,
+            hashes_per_bucket=band_rows,
+            hash_config=HashConfig(64, "sha1"),  # xxhash, the default, takes no str in its version 4
+            norm_config=TextNormConfig(norm_numbers=False, norm_unicode_diacritics=False),  # as on one machine
+        )
         signatures, pairs, clusters = (str(plan.folder / "minhash" / name) for name in ("sigs", "pairs", "clusters"))
         sign = MinhashDedupSignature(signatures, config, language=SpacedWords())
         stages += [
@@ -61,7 +70,10 @@ def make_stages(plan: ScalePlan, arguments: ScaleArguments) -> list[Stage]:
         tokenize.insert(1, MinhashDedupFilter(clusters))
     stages.append(Stage("tokens", tokenize, plan.tasks, small))
     rows = f"rows-{plan.rows_stage().key}"
-    return [*stages, Stage(rows, [WriteRows(plan)], 1, large, always=True)]
+    stages.append(Stage(rows, [WriteRows(plan)], 1, large, always=True))
+    for before, stage in itertools.pairwise(stages):
+        stage.steps.insert(0, AfterStage(Path(_logs(plan, before)), before.tasks))
+    return stages
 
 
 class LocalExecutor(LocalPipelineExecutor):
@@ -69,12 +81,15 @@ class LocalExecutor(LocalPipelineExecutor):
 
     def run(self) -> None:
         self.save_executor_as_json()
-        for _ in range(ATTEMPTS):
+        in_vain = 0
+        while in_vain < ATTEMPTS:
             ranks = self.get_incomplete_ranks()
             if not ranks or self._run_ranks(ranks):
                 return
+            in_vain = 0 if len(self.get_incomplete_ranks()) < len(ranks) else in_vain + 1
         raise DataError(
-            f"tasks were killed {ATTEMPTS} times, most often for want of memory: lower workers; what is finished is kept"
+            f"tasks were killed {ATTEMPTS} times and none was finished, most often for want of memory: lower workers; "
+            "what is finished is kept"
         )
 
     def _run_ranks(self, ranks: list[int]) -> bool:
@@ -93,10 +108,10 @@ def run_locally(plan: ScalePlan, arguments: ScaleArguments) -> None:
     """Run all stages in processes of this machine."""
     for stage in make_stages(plan, arguments):
         workers = min(stage.tasks, available_workers(arguments.workers))
-        executor = LocalExecutor(
-            stage.steps, stage.tasks, workers, _logs(plan, stage), skip_completed=not stage.always
-        )
-        _run_whole(executor, _logs(plan, stage))
+        logs = _begin(plan, stage)
+        executor = LocalExecutor(stage.steps, stage.tasks, workers, logs, skip_completed=not stage.always)
+        executor.run()
+        _check_whole(executor, logs)
 
 
 def run_on_ray(plan: ScalePlan, arguments: ScaleArguments) -> None:
@@ -106,27 +121,55 @@ def run_on_ray(plan: ScalePlan, arguments: ScaleArguments) -> None:
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-        ray.init(address=arguments.ray_address, log_to_driver=False)
+        # Without an address Ray would begin a cluster of this machine alone.
+        ray.init(address=arguments.ray_address or "auto", log_to_driver=False)
     try:
-        for stage in make_stages(plan, arguments):
+        stages = make_stages(plan, arguments)
+        _check_memory(stages, ray.nodes())
+        for stage in stages:
+            logs = _begin(plan, stage)
             executor = RayPipelineExecutor(
                 stage.steps,
                 stage.tasks,
                 _workers(stage, arguments),
-                logging_dir=_logs(plan, stage),
+                logging_dir=logs,
                 skip_completed=not stage.always,
                 mem_per_cpu_gb=stage.memory_gb,
                 # A task that runs alone takes as long as the whole text does, not as a part of it.
                 time=arguments.ray_task_seconds if stage.tasks > 1 else None,
             )
-            _run_whole(executor, _logs(plan, stage))
+            _run_with_time(executor)
+            _check_whole(executor, logs)
     finally:
         if started:
             ray.shutdown()
 
 
-def _run_whole(executor: PipelineExecutor, logs: str) -> None:
-    executor.run()
+def _check_memory(stages: list[Stage], nodes: list[dict[str, Any]]) -> None:
+    """Ray waits for ever for a node that can hold a task."""
+    largest = max((node["Resources"].get("memory", 0.0) for node in nodes if node["Alive"]), default=0.0) / 2**30
+    needed = max(stage.memory_gb for stage in stages)
+    if needed > largest:
+        raise DataError(
+            f"tasks are to have {needed} GB, and no node of the Ray cluster offers more than {largest:.1f}: lower memory_gb "
+            "and rows_memory_gb"
+        )
+
+
+def _run_with_time(executor: RayPipelineExecutor) -> None:
+    """datatrove ends a task that takes too long, and then stumbles over it: what has not finished is begun anew."""
+    for _ in range(ATTEMPTS):
+        try:
+            return executor.run()
+        except KeyError:
+            if executor.time is None:
+                raise
+    raise DataError(
+        f"tasks have taken longer than ray_task_seconds {ATTEMPTS} times: raise it; what is finished is kept"
+    )
+
+
+def _check_whole(executor: PipelineExecutor, logs: str) -> None:
     failed = executor.get_incomplete_ranks(skip_completed=True)
     if failed:
         names = ", ".join(f"task_{rank:05d}.log" for rank in failed[:3])
@@ -149,7 +192,7 @@ def submit_to_slurm(plan: ScalePlan, arguments: ScaleArguments) -> list[str]:
                 qos=arguments.slurm_qos or "",
                 env_command=arguments.slurm_setup or _this_environment(),
                 depends=executors[-1] if executors else None,
-                logging_dir=_logs(plan, stage),
+                logging_dir=_begin(plan, stage),
                 skip_completed=not stage.always,
             )
         )
@@ -174,6 +217,14 @@ def _workers(stage: Stage, arguments: ScaleArguments) -> int:
 
 def _logs(plan: ScalePlan, stage: Stage) -> str:
     return str(plan.folder / "logs" / stage.name)
+
+
+def _begin(plan: ScalePlan, stage: Stage) -> str:
+    """The stage's logs. Of one that always runs, the marks of an earlier run do not say that this one has finished."""
+    logs = _logs(plan, stage)
+    if stage.always:
+        shutil.rmtree(Path(logs, "completions"), ignore_errors=True)
+    return logs
 
 
 RUN: dict[str, Callable[[ScalePlan, ScaleArguments], object]] = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .deduplication import choose_bands
 from .errors import DataError, SkipReport, first_line
 from .input_files import expand_files
 from .pipeline import DataArguments, open_cache
@@ -24,8 +25,10 @@ from .token_shards import TokenShards
 from .tokenizing import TokenizingSettings
 
 POSITION_NAME = "position.json"
-NUM_MINIMA = 128
-BAND_RECALL = 0.9
+BLOCKS = "*.jsonl.zst"
+# datatrove takes every pair that agrees in one band for duplicates and compares no further, so that less similar ones go
+# as well; with 0.9 and at 0.8 there are 16 bands of 8 minima, where FineWeb used 14 of 8.
+MINHASH_RECALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ScalePlan:
     def cache(self) -> Path:
         return Path(str(self.arguments.cache_dir))
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Of the work of the tasks: another one for every setting that changes it."""
         return self.cache / "scale" / hash_of(self.tokens_stage().key, self.tasks)
@@ -71,8 +74,12 @@ class ScalePlan:
         return RowsStage(self.tokens_stage(), self.arguments, self.arguments)
 
     def documents(self, ranks: Iterable[int], report: SkipReport) -> Iterator[str]:
-        """The documents of some tasks. Raises [`DataError`] for a file as [`read_files`] does."""
-        stamps = self._stamps if self.files else stamps_of(sorted(self.blocks.glob("*.jsonl.zst")))
+        """The documents of some tasks. Raises [`DataError`] for a file as [`read_files`] does, and for blocks that are gone."""
+        if not self.files and read_position(self.blocks) is None:
+            raise DataError(
+                f"{self.blocks}: the dealt text is missing or damaged: run the command again, which deals it anew"
+            )
+        stamps = self._stamps if self.files else stamps_of(sorted(self.blocks.glob(BLOCKS)))
         files = list(stamps)
         # By the sizes that were planned: what one task reads must not hang on when it looks.
         parts = cut_by_size([stamp[0] if stamp else 0 for stamp in stamps.values()], self.tasks)
@@ -169,6 +176,25 @@ def cut_by_size(sizes: list[int], parts: int) -> list[slice]:
     return [slice(int(first), int(end)) for first, end in itertools.pairwise(bounds)]
 
 
+def write_position(blocks: Path, skipped: dict[str, int], sources: dict[str, dict[str, int]]) -> None:
+    """Write beside the blocks what was read and left out, and how large they are."""
+    position = {"skipped": skipped, "sources": sources, "blocks": _sizes(blocks)}
+    (blocks / POSITION_NAME).write_text(json.dumps(position) + "\n", encoding="utf-8")
+
+
+def read_position(blocks: Path) -> dict[str, Any] | None:
+    """What [`write_position`] has written; `None` where the text is not dealt, or a block is missing or damaged."""
+    try:
+        position = json.loads((blocks / POSITION_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return position if position.get("blocks") == _sizes(blocks) else None
+
+
+def _sizes(blocks: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(blocks.glob(BLOCKS))}
+
+
 class PlannedText:
     """The text as the tasks see it; what was done to its documents is known when their tokens are joined."""
 
@@ -202,7 +228,8 @@ class JoinedTokensStage(TokensStage):
         similarity = self.plan.arguments.near_dedup_similarity
         if similarity is None:
             return super().key
-        return hash_of(super().key, "datatrove minhash", choose_minhash_bands(similarity), self.plan.tasks)
+        bands = choose_bands(similarity, MINHASH_RECALL)
+        return hash_of(super().key, "datatrove minhash, numbers and accents kept", bands, self.plan.tasks)
 
     @property
     def settings(self) -> TokenizingSettings:
@@ -229,21 +256,10 @@ class JoinedTokensStage(TokensStage):
             )  # fmt: skip
             self.text.removed["near_duplicates"] = read["documents"] - (record.documents_in or 0)
         if self.plan.files is None:
-            position.update(json.loads((self.plan.blocks / POSITION_NAME).read_text(encoding="utf-8")))
+            dealt = read_position(self.plan.blocks)
+            if dealt is None:
+                raise DataError(f"{self.plan.blocks}: the dealt text is missing or damaged: run the command again")
+            position.update({name: dealt[name] for name in ("skipped", "sources")})
         else:
             position["sources"] = dict.fromkeys(self.plan.arguments.named_sources(), position["read"])
         return shards, [record]
-
-
-def choose_minhash_bands(similarity: float) -> tuple[int, int]:
-    """
-    How many bands of how many minima: the longest ones in one of which 90 % of pairs so similar agree.
-
-    datatrove takes every pair that agrees in one for duplicates and compares no further, so that some less similar
-    ones go as well; at 0.8 these are 16 bands of 8, where FineWeb used 14 of 8.
-    """
-    for rows in range(NUM_MINIMA, 1, -1):
-        bands = NUM_MINIMA // rows
-        if 1 - (1 - similarity**rows) ** bands >= BAND_RECALL:
-            return bands, rows
-    return NUM_MINIMA, 1

@@ -59,8 +59,10 @@ class JoinedShards(TokenShards):
         read: Counter[str] = Counter(documents=0, characters=0)
         for folder in folders:
             part = TokenShards(folder, dtype)
+            if not folder.exists():
+                raise DataError(f"the tokens of a task in {folder} are not there: run the command again")
             if not part.is_finished:
-                raise DataError(f"the tokens of a task in {folder} are missing or damaged: delete {folder.parents[1]}")
+                raise DataError(f"the tokens of a task in {folder} are damaged: delete {folder.parents[1]}")
             self.summaries += part.summaries
             self._places += [(folder, index) for index in range(len(part.summaries))]
             skipped.update(part.summaries[-1].position["skipped"])

@@ -1,7 +1,7 @@
 """The steps of the pipeline as datatrove's: the same code, on the part of the text that is a task's."""
 
-import json
 import os
+import resource
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from .errors import DataError, SkipReport
-from .scale_plan import POSITION_NAME, ScalePlan
+from .scale_plan import ScalePlan, read_position, write_position
 from .scale_shards import write_once
 from .sources import TextSource
 from .steps import StepRecord, measured_step, write_steps
@@ -23,6 +23,36 @@ def prepare_process() -> None:
     """A task has one core, and its log is no terminal."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     disable_progress_bar()
+
+
+class AfterStage(PipelineStep):
+    """
+    Lets a task begin only when every task of the stage before has finished: Slurm waits for the last of several job
+    arrays alone, and datatrove takes what is missing for nothing to do.
+    """
+
+    type = "hf_cram"
+    name = "after the stage before"
+
+    def __init__(self, logs: Path, tasks: int):
+        super().__init__()
+        self.logs = logs
+        self.tasks = tasks
+
+    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> None:
+        unfinished = self.tasks - sum(1 for _ in (self.logs / "completions").glob("*"))
+        if unfinished:
+            raise DataError(f"{unfinished} tasks of {self.logs.name} have not finished: run the command again")
+        _raise_limit_of_open_files()
+
+
+def _raise_limit_of_open_files() -> None:
+    """datatrove's buckets read the signatures of all tasks at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # a system that takes no such number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class PrepareText(PipelineStep):
@@ -46,7 +76,7 @@ class PrepareText(PipelineStep):
                 raise DataError("the text has changed since the tasks were planned: start again")
             stage = self.plan.tokens_stage(text)
             _ = stage.tokenizer.tokenizer
-            if not _is_dealt(self.plan.blocks):
+            if read_position(self.plan.blocks) is None:
                 documents = text.documents(stage.token_counter)
                 write_once(self.plan.blocks, lambda folder: self._deal(text, documents, folder), _is_dealt)
 
@@ -54,12 +84,11 @@ class PrepareText(PipelineStep):
         write_documents(documents, folder)
         text.check_unchanged()  # a limit may have ended the text before its own look
         text.report.warn()
-        position = {"skipped": dict(text.report.counts), "sources": text.counts}
-        (folder / POSITION_NAME).write_text(json.dumps(position) + "\n", encoding="utf-8")
+        write_position(folder, dict(text.report.counts), text.counts)
 
 
 def _is_dealt(blocks: Path) -> bool:
-    return (blocks / POSITION_NAME).exists()
+    return read_position(blocks) is not None
 
 
 class ReadDocuments(PipelineStep):

@@ -243,8 +243,7 @@ class RowsStage:
 
     @cached_property
     def key(self) -> str:
-        o = self.ordering
-        order = None if o.row_order == "none" else (o.row_order, o.reverse_row_order, o.row_order_seed)
+        order = None if self.ordering.row_order == "none" else tuple(order_settings(self.ordering).values())
         return hash_of(FORMAT_VERSION, self.tokens.key, self.packing.max_seq_length, self.packing.eval_rows, order)
 
     def open(self) -> tuple[Path, bool]:

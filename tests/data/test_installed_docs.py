@@ -141,6 +141,16 @@ def test_attributes_and_help_texts(tmp_path):
     ]
 
 
+def test_the_folder_of_the_program_is_no_place_of_packages(tmp_path, monkeypatch):
+    before = installed_docs._installed_paths()
+    assert before
+    (tmp_path / "mine-1.0.dist-info").mkdir()
+    (tmp_path / "mine-1.0.dist-info" / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_docs._installed_paths() == before
+    assert "mine" not in [name for name, _ in source_files()]
+
+
 def test_pythons_own_library_is_read_without_what_lies_in_it(tmp_path, monkeypatch):
     for name in ("argparse", "email/message", "test/test_email", "site-packages/other", "idlelib/run"):
         path = tmp_path / f"{name}.py"

@@ -1,5 +1,6 @@
 """Past one machine: tasks side by side give the rows of one machine, whoever runs them and whatever is killed."""
 
+import itertools
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +22,14 @@ import pytest
 from conftest import SHARED
 
 from hf_cram.data import texts
+from hf_cram.data.deduplication import choose_bands
 from hf_cram.data.errors import DataError, SkipReport
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 from hf_cram.data.publish import PublishArguments
 from hf_cram.data.scale import main, run_plan
 from hf_cram.data.scale_arguments import ScaleArguments
 from hf_cram.data.scale_estimate import estimate, parse_size
-from hf_cram.data.scale_plan import choose_minhash_bands, cut_by_size, make_plan
+from hf_cram.data.scale_plan import MINHASH_RECALL, cut_by_size, make_plan
 from hf_cram.data.scale_shards import write_once
 
 BOOKS = SHARED / "data" / "classic_books.parquet"
@@ -134,9 +137,9 @@ def test_arguments_are_checked(changes, told):
 
 
 def test_bands_find_nine_of_ten_pairs_at_the_similarity():
-    assert choose_minhash_bands(0.8) == (16, 8)
+    assert choose_bands(0.8, MINHASH_RECALL) == (16, 8)
     for similarity in (0.3, 0.5, 0.7, 0.9, 1.0):
-        bands, rows = choose_minhash_bands(similarity)
+        bands, rows = choose_bands(similarity, MINHASH_RECALL)
         assert bands * rows <= 128
         assert 1 - (1 - similarity**rows) ** bands >= 0.9
 
@@ -292,10 +295,24 @@ def test_on_ray_only_tasks_side_by_side_have_a_time(tmp_path, datatrove, monkeyp
         run = get_incomplete_ranks = lambda self, **_: []
 
     monkeypatch.setattr(scale_executors, "RayPipelineExecutor", Executor)
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    nodes = [{"Alive": True, "Resources": {"memory": 2**34}}]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes))
     plan = make_plan(recipe(write_files(tmp_path / "text"), tmp_path / "cache"), tasks=4)
     scale_executors.run_on_ray(plan, ScaleArguments(executor="ray", tasks=4, ray_task_seconds=60))
     assert times == {"text": None, "tokens": 60, "rows": None}
+    with pytest.raises(DataError, match=r"have 64 GB, and no node of the Ray cluster offers more than 16\.0"):
+        scale_executors.run_on_ray(plan, ScaleArguments(executor="ray", tasks=4, rows_memory_gb=64))
+
+
+def test_without_a_ray_cluster_one_line_says_so(tmp_path, datatrove, monkeypatch, capsys):
+    def init(address, **_):
+        raise ConnectionError(f"Could not find any running Ray instance for {address}.\nStart one.")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    data = recipe(write_files(tmp_path / "text"), tmp_path / "cache")
+    assert main(data, ScaleArguments(executor="ray", tasks=2), PublishArguments()) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("error: Could not find any running Ray instance for auto. Start one.")
 
 
 def test_a_text_that_tasks_cannot_share_is_dealt_to_them(tmp_path, datatrove, monkeypatch):
@@ -310,6 +327,15 @@ def test_a_text_that_tasks_cannot_share_is_dealt_to_them(tmp_path, datatrove, mo
     plan = make_plan(recipe(None, tmp_path / "many", **mix), tasks=3)
     same_rows(run_plan(plan, ScaleArguments(tasks=3, workers=2)), expected)
     assert all(list(plan.documents([rank], SkipReport())) for rank in range(3))
+    # Blocks that are gone are no empty text; they are dealt anew, and the tasks' parts stay theirs.
+    shutil.rmtree(expected.directory)
+    shutil.rmtree(plan.cache / "corpora")
+    next(plan.blocks.glob("*.jsonl.zst")).unlink()
+    with pytest.raises(DataError, match="the dealt text is missing or damaged: run the command again"):
+        list(plan.documents([0], SkipReport()))
+    again = prepare_corpus(recipe(None, tmp_path / "one", **mix))
+    same_rows(run_plan(plan, ScaleArguments(tasks=3, workers=2)), again)
+    assert all(list(plan.documents([rank], SkipReport())) for rank in range(3))
 
 
 def test_near_duplicates_are_dropped_once(tmp_path, datatrove):
@@ -317,12 +343,15 @@ def test_near_duplicates_are_dropped_once(tmp_path, datatrove):
     copied = (files / "0.txt").read_text().splitlines()
     copies = [line for line in copied if len(line.split()) > 20]
     (files / "9.txt").write_text("\n".join(line.upper() + "!" for line in copies) + "\n")
+    words = "the house by the river was that of"
+    numbers = [f"{words} {' '.join(str(10_000 + 100 * row + column) for column in range(12))}" for row in range(7)]
+    (files / "8.txt").write_text("\n".join(numbers) + "\n")  # tables of the same words are not the same
     arguments = recipe(files, tmp_path / "cache", near_dedup_similarity=0.8)
     corpus = run_plan(make_plan(arguments, tasks=3), ScaleArguments(tasks=3, workers=2))
     assert corpus.statistics["removed"] == {"near_duplicates": len(copies)}
-    assert corpus.statistics["sources"]["text"]["documents"] == 300 + len(copies)
+    assert corpus.statistics["sources"]["text"]["documents"] == 307 + len(copies)
     kept = corpus.statistics["documents"] + sum(corpus.statistics["dropped"].values())
-    assert kept == 300
+    assert kept == 307
     assert [step["step"] for step in corpus.statistics["steps"]][0] == "near duplicates"
     assert corpus.statistics["steps"][0]["seconds"] > 0
 
@@ -456,6 +485,56 @@ def test_a_task_that_fails_is_named_and_nothing_is_taken_for_rows(tmp_path, data
     assert not (tmp_path / "cache" / "corpora").exists()
 
 
+def test_no_stage_begins_before_all_tasks_of_the_one_before_have_finished(tmp_path, datatrove):
+    from hf_cram.data.scale_executors import make_stages
+
+    files = write_files(tmp_path / "text")
+    scale = ScaleArguments(tasks=3, workers=2)
+    plan = make_plan(recipe(files, tmp_path / "cache", near_dedup_similarity=0.8), tasks=3)
+    stages = make_stages(plan, scale)
+    run_plan(plan, scale)
+    for before, stage in itertools.pairwise(stages):
+        first = stage.steps[0]
+        assert first(None, 0, stage.tasks) is None
+        mark = next((plan.folder / "logs" / before.name / "completions").iterdir())
+        mark.unlink()
+        with pytest.raises(DataError, match=f"1 tasks of {before.name} have not finished: run the command again"):
+            first(None, 0, stage.tasks)
+        mark.touch()
+
+
+def test_kills_end_a_run_only_where_nothing_is_finished_between_them(tmp_path, datatrove, monkeypatch):
+    from hf_cram.data import scale_executors
+
+    class Executor(scale_executors.LocalExecutor):
+        kills = 0
+
+        def _run_ranks(self, ranks):
+            """Every round finishes `finishes` of them, and then a process is killed."""
+            type(self).kills += 1
+            for rank in ranks[: self.finishes]:
+                self.mark_rank_as_completed(rank)
+            return False
+
+    monkeypatch.setattr(Executor, "save_executor_as_json", lambda self: None)
+    Executor.finishes = 1
+    Executor([], 8, 1, str(tmp_path / "slowly")).run()
+    assert Executor.kills == 8
+    Executor.finishes, Executor.kills = 0, 0
+    with pytest.raises(DataError, match="killed 3 times and none was finished"):
+        Executor([], 8, 1, str(tmp_path / "never")).run()
+    assert Executor.kills == 3
+
+
+def test_what_a_killed_dealing_leaves_is_cleared_away(tmp_path, datatrove):
+    plan = make_plan(recipe(write_files(tmp_path / "text"), tmp_path / "cache"), tasks=2)
+    leftover = plan.folder / ".blocks.1.abcdef"
+    leftover.mkdir(parents=True)
+    (leftover / "documents-00000.jsonl.zst").write_bytes(b"half")
+    run_plan(plan, ScaleArguments(tasks=2, workers=2))
+    assert not leftover.exists()
+
+
 # A Ray cluster of two processes
 
 
@@ -480,6 +559,28 @@ def test_rows_of_a_ray_cluster_equal_those_of_one_machine(tmp_path, ray_cluster,
     text, expected = books
     plan = make_plan(book_recipe(text, tmp_path), tasks=4)
     same_rows(run_plan(plan, ray_cluster), expected)
+
+
+@pytest.mark.slow
+def test_on_ray_a_task_that_hangs_is_begun_anew(tmp_path, ray_cluster, monkeypatch):
+    from hf_cram.data import scale_executors
+
+    flag = tmp_path / "hung-once"
+
+    class HangsOnce(scale_executors.FilterAndTokenize):  # of here, so that Ray carries it to its workers
+        def run(self, data, rank=0, world_size=1):
+            if rank == 1 and not flag.exists():
+                flag.touch()
+                time.sleep(600)
+            return super().run(data, rank, world_size)
+
+    monkeypatch.setattr(scale_executors, "FilterAndTokenize", HangsOnce)
+    files = write_files(tmp_path / "text")
+    expected = prepare_corpus(recipe(files, tmp_path / "one"))
+    plan = make_plan(recipe(files, tmp_path / "many"), tasks=2)
+    scale = replace(ray_cluster, tasks=2, ray_task_seconds=20)
+    same_rows(run_plan(plan, scale), expected)
+    assert flag.exists()
 
 
 @pytest.mark.slow
