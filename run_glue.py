@@ -38,7 +38,9 @@ def main() -> None:
     if of_card and not (glue.uses_own_data and glue.keeps_models):
         parser.error(f"{of_card[0]} is for the card of a model of your own data that is kept: leave it out")
     if "search_seeds" in parser.given and not glue.searches:
-        parser.error("search_seeds is for a search: set search_learning_rate or the like with it, or leave it out")
+        parser.error(
+            "search_seeds is for a search: give search_learning_rate or the like several values, or leave it out"
+        )
     check_given(parser.given, training_args)
     check_device(training_args)
     is_main = training_args.process_index == 0

@@ -325,6 +325,7 @@ def write_card(
         num_parameters=results["num_parameters"],
         sequence_length=trainer.train_dataset.max_seq_length,
         dataset_names=data_args.hub_names,
+        held_out_of=data_args.hub_name_of_all,
         metadata=card_args.metadata,
     )
     save_model_card(card, trainer.output_dir)

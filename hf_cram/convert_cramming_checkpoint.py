@@ -213,7 +213,10 @@ def config_from_paper(values: Mapping[str, Any]) -> CrammedBertConfig:
         fields["num_labels"] = arch["num_labels"]
         labels = values.get("id2label")
         if isinstance(labels, dict) and len(labels) == arch["num_labels"]:
-            fields["id2label"], fields["label2id"] = labels, {label: int(index) for index, label in labels.items()}
+            try:
+                fields["id2label"], fields["label2id"] = labels, {label: int(index) for index, label in labels.items()}
+            except (TypeError, ValueError) as error:
+                raise ConversionError(f"id2label = {labels!r} must name each class by its number") from error
     config = build_config({**fields, "problem_type": values.get("problem_type")})
     possible = arch_of(config, classifies)
     for key, value in arch.items():
@@ -248,7 +251,8 @@ def paper_values(config: CrammedBertConfig, architecture: str) -> dict[str, Any]
 
 def head_of(values: Mapping[str, Any]) -> tuple[str, type[CrammedBertPreTrainedModel]]:
     """The paper's class and ours for the `architectures` of either `config.json`. Raises [`ConversionError`]."""
-    names = values.get("architectures") or ()
+    names = values.get("architectures")
+    names = names if isinstance(names, list) else [names]
     for architecture, (model_class, _) in HEADS.items():
         if architecture in names or model_class.__name__ in names:
             return architecture, model_class

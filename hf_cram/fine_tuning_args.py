@@ -19,6 +19,11 @@ REFUSED_FIELDS = {
     "auto_find_batch_size": "would train with another batch than the results tell: set per_device_train_batch_size",
     "prediction_loss_only": "would leave no predictions to score: leave it out",
     "enable_jit_checkpoint": "would score what a signal has stopped half-way; finished pairs are kept anyway: leave it out",
+    "load_best_model_at_end": "has no place here: the last weights are scored; leave it out",
+    "metric_for_best_model": "has no place here: the last weights are scored; leave it out",
+    "greater_is_better": "has no place here: the last weights are scored; leave it out",
+    "hub_always_push": "has no place here: results are pushed at the end; leave it out",
+    "eval_delay": "has no place here: each task is scored at its end; leave it out",
     "eval_strategy": "has no place here: each task is scored at its end; leave it out",
     "eval_steps": "has no place here: each task is scored at its end; leave it out",
     "eval_on_start": "has no place here: each task is scored at its end; leave it out",
@@ -105,6 +110,10 @@ class FineTuningArguments(OpenPrecisionArguments):
         for name, reason in REFUSED_FIELDS.items():
             if getattr(self, name) != DEFAULTS[name]:
                 raise ValueError(f"{name} {reason}")
+        if self.save_strategy == SaveStrategy.BEST:
+            raise ValueError(
+                "save_strategy best has no place here: the last weights are scored; set steps, epoch or no"
+            )
         super().__post_init__()
         for name in ("layer_lr_decay", "head_lr_multiplier", "embedding_lr_multiplier"):
             if getattr(self, name) <= 0:

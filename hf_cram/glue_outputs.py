@@ -14,6 +14,7 @@ import numpy as np
 
 from .files import write_atomically
 from .glue import COLUMNS, Task, headline_metrics
+from .markup import chart_label
 from .paper_results import PAPER_GLUE_ROWS, TASK_TITLES, examples_note
 
 PAIRS_NAME = "glue_runs.jsonl"
@@ -130,9 +131,11 @@ def draw_chart(results: Mapping[str, Any], tasks: Sequence[Task], name: str, pat
     for number, (row_name, row) in enumerate(rows.items()):
         places = [place for place, column in enumerate(columns) if row.get(column) is not None]
         heights = [row[columns[place]] for place in places]
-        bars = axes.bar([place + (number - 1) * width for place in places], heights, width, label=row_name)
+        bars = axes.bar(
+            [place + (number - 1) * width for place in places], heights, width, label=chart_label(row_name)
+        )
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
-    axes.set_xticks(range(len(columns)), [TASK_TITLES.get(column, column) for column in columns])
+    axes.set_xticks(range(len(columns)), [chart_label(TASK_TITLES.get(column, column)) for column in columns])
     axes.set_ylabel("score (per cent)")
     axes.legend(fontsize=8)
     buffer = io.BytesIO()

@@ -45,7 +45,14 @@ from .glue_outputs import (
     write_predictions,
     write_submission,
 )
-from .model_card import ModelCardError, build_fine_tuned_card, read_card_metadata, save_model_card, update_model_card
+from .model_card import (
+    CARD_NAME,
+    ModelCardError,
+    build_fine_tuned_card,
+    read_card_metadata,
+    save_model_card,
+    update_model_card,
+)
 from .model_files import hash_of, name_model
 from .output_folder import first_free
 
@@ -115,7 +122,8 @@ class GlueArguments:
     @property
     def searches(self) -> bool:
         """Whether there is a grid of settings to choose from."""
-        return bool(self.search_learning_rate or self.search_batch_size or self.search_num_train_epochs)
+        grids = (self.search_learning_rate, self.search_batch_size, self.search_num_train_epochs)
+        return any(len(grid or ()) > 1 for grid in grids)
 
     @property
     def uses_own_data(self) -> bool:
@@ -360,6 +368,8 @@ class GlueRun:
                     folder.rename(aside)
                     logger.warning("The model in %s is of other files, and was moved to %s", folder, aside)
                 elif folder.exists():
+                    if (folder / CARD_NAME).is_file():  # which a person may have written in
+                        shutil.copyfile(folder / CARD_NAME, staging / CARD_NAME)
                     shutil.rmtree(folder)
                 staging.rename(folder)
             for name, outputs in result.test_outputs.items():
@@ -408,6 +418,12 @@ class GlueRun:
         """Write `glue_results.json`, the chart and, where there are test splits, the submission."""
         folder = self.output_dir
         folder.mkdir(parents=True, exist_ok=True)
+        if is_fuller(read_object(folder / RESULTS_NAME), results):
+            earlier = first_free(folder / RESULTS_NAME)
+            (folder / RESULTS_NAME).rename(earlier)
+            logger.warning(
+                "The results of more columns, seeds or training examples in %s were moved to %s", folder, earlier.name
+            )
         write_json_atomically(folder / RESULTS_NAME, results)
         name = self.model_name + (" from scratch" if self.encoder.from_scratch else "")
         if self.glue.metric is None:

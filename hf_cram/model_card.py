@@ -16,6 +16,7 @@ from huggingface_hub import (
 )
 
 from .files import write_atomically
+from .markup import table_cell
 from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, TASK_TITLES, examples_note
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -55,6 +56,7 @@ def build_model_card(
     num_parameters: int,
     sequence_length: int,
     dataset_names: Sequence[str] = (),
+    held_out_of: str | None = None,
     metadata: Mapping[str, Any] = ENGLISH_AND_FREE,
     glue_results: Mapping[str, Any] | None = None,
     minimal_pairs: Mapping[str, Any] | None = None,
@@ -72,6 +74,7 @@ def build_model_card(
         num_parameters: parameters of the model.
         sequence_length: tokens of a training row.
         dataset_names: the text's data sets on the Hub.
+        held_out_of: the one of them that is the whole text, and whose rows were held out; `None` where there is more.
         metadata: `language` of the text and `license` of the model, in the Hub's terms; `None` leaves one out.
         glue_results: the content of `glue_results.json`, of GLUE or of own data.
         minimal_pairs: the content of `minimal_pairs_results.json`, in per cent.
@@ -85,7 +88,7 @@ def build_model_card(
         datasets=list(dataset_names) or None,
         tags=["hf_cram", "crammed-bert", "masked-lm"],
         model_name=model_name,
-        eval_results=[] if eval_loss is None else [_mlm_result(eval_loss, text_name, dataset_names)],
+        eval_results=[] if eval_loss is None else [_mlm_result(eval_loss, text_name, held_out_of)],
     )
     card = ModelCard.from_template(
         data,
@@ -94,8 +97,8 @@ def build_model_card(
         budget="no time budget (step limit)" if budget is None else f"{budget:,.0f} s",
         train_seconds=f"{results['train_seconds']:,.1f}",
         preprocessing_seconds=f"{results['preprocessing_seconds']:,.1f}",
-        hardware=_cell(hardware),
-        text_name=_cell(text_name),
+        hardware=table_cell(hardware),
+        text_name=table_cell(text_name),
         num_parameters=f"{num_parameters:,}",
         sequence_length=sequence_length,
         tokens_seen=f"{results['tokens_seen']:,}",
@@ -104,7 +107,7 @@ def build_model_card(
         if eval_loss is None
         else f"{eval_loss:.3f} nats at 15 % fixed masks, perplexity {results['eval_perplexity']:.1f}",
         skipped_steps=results["skipped_steps"],
-        fills=[{"sentence": fill["sentence"], "fills": _cell(", ".join(fill["fills"]))} for fill in fills],
+        fills=[{"sentence": fill["sentence"], "fills": table_cell(", ".join(fill["fills"]))} for fill in fills],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=True).strip(),
         empty_glue=_marked(GLUE_SECTION, ""),
         empty_minimal_pairs=_marked(MINIMAL_PAIRS_SECTION, ""),
@@ -187,16 +190,22 @@ def read_card_metadata(folder: str | Path) -> dict[str, str | None]:
     except (OSError, ModelCardError):
         return {}
     told = {name: data.get(name) for name in ("language", "license")}
-    # A bare `no`, Norwegian, is false in YAML.
-    return {name: "no" if value is False else value for name, value in told.items() if value is not None}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _read_card(path: Path) -> ModelCard:
     try:
-        return ModelCard(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+        card = ModelCard(path.read_text(encoding="utf-8-sig"))
+    except (TypeError, ValueError, yaml.YAMLError) as error:  # the first for a key that is no word
         cause = " ".join(str(error).split())
         raise ModelCardError(f"the front matter of {path} cannot be read ({cause}): mend it, or delete it") from error
+    # A bare `no`, Norwegian, is false in YAML.
+    language = card.data.get("language")
+    if language is False:
+        card.data["language"] = "no"
+    elif isinstance(language, list):
+        card.data["language"] = ["no" if code is False else code for code in language]
+    return card
 
 
 def _with_evaluations(
@@ -224,11 +233,6 @@ def _with_evaluations(
 
 
 # ---- Sections ----
-
-
-def _cell(text: str) -> str:
-    """Text that stays in one cell of a markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -260,19 +264,20 @@ def glue_section(results: Mapping[str, Any]) -> str:
     }
     shared = [column for column in GLUE_COLUMNS if column in scores]
     is_whole = len(shared) == len(GLUE_COLUMNS) and not limit
-    averages = ["GLUE"] if is_whole else ["GLUE", f"mean of {len(shared)}"]
+    averages = ["GLUE", *([] if is_whole or not shared else [f"mean of {len(shared)}"])]
     lines = []
     for name, row in rows.items():
         cells = [f"{row[column]:.1f}" if column in row else "" for column in GLUE_COLUMNS]
         mean = f"{statistics.fmean(row[column] for column in shared):.1f}" if shared else ""
         # The recorded averages of the paper, over all nine columns.
         whole = f"{row['average']:.1f}" if "average" in row else mean if is_whole else ""
-        lines.append([name, *cells, whole, *([] if is_whole else [mean])])
+        lines.append([name, *cells, whole, *([mean] if len(averages) > 1 else [])])
     missing = ", ".join(title for column, title in GLUE_COLUMNS.items() if column not in scores)
     seeds = len(results["seeds"])
     notes = [f"Development sets, per cent, medians of {seeds} seed{'s' if seeds > 1 else ''}; WNLI is not averaged."]
     if missing:
-        notes.append(f"Not run: {missing}; the last column is every row's mean over the columns that were.")
+        means = "; the last column is every row's mean over the columns that were" if shared else ""
+        notes.append(f"Not run: {missing}{means}.")
     notes.append("The other rows are the paper's (arXiv 2212.14034), medians of 5.")
     if limit:
         notes.append(f"This model was fine-tuned on {limit}, theirs on all: the rows do not compare like with like.")
@@ -294,7 +299,7 @@ def _limit(results: Mapping[str, Any]) -> str:
 
 def _metrics_table(results: Mapping[str, Any]) -> str:
     rows = [
-        [_cell(TASK_TITLES.get(column, column)), _cell(metric.replace("_", " ")), f"{entry['median']:.1f}",
+        [table_cell(TASK_TITLES.get(column, column)), table_cell(metric.replace("_", " ")), f"{entry['median']:.1f}",
          ", ".join(f"{value:.1f}" for value in entry["values"])]
         for column, entries in results["tasks"].items()
         for metric, entry in entries.items()
@@ -314,7 +319,7 @@ def _headline_scores(results: Mapping[str, Any]) -> dict[str, float]:
 def minimal_pairs_section(results: Mapping[str, Any]) -> str:
     """Share of minimal pairs that come out right, as markdown."""
     rows = [
-        [_cell(name), f"{entry['accuracy']:.1f}", f"{entry['pairs']:,}"]
+        [table_cell(name), f"{entry['accuracy']:.1f}", f"{entry['pairs']:,}"]
         for name, entry in results["phenomena"].items()
     ]
     return (
@@ -326,11 +331,11 @@ def minimal_pairs_section(results: Mapping[str, Any]) -> str:
 # ---- Results that programs read ----
 
 
-def _mlm_result(eval_loss: float, text_name: str, dataset_names: Sequence[str]) -> EvalResult:
+def _mlm_result(eval_loss: float, text_name: str, held_out_of: str | None) -> EvalResult:
     return EvalResult(
         task_type="fill-mask",
         task_name="Masked language modeling",
-        dataset_type=dataset_names[0] if len(dataset_names) == 1 else "held-out",
+        dataset_type=held_out_of or "held-out",
         dataset_name=f"held-out part of {text_name}",
         metric_type="loss",
         metric_name=MLM_METRIC,

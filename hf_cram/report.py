@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json, write_atomically
+from .markup import chart_label, table_cell
 from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, examples_note
 
 RESULTS_NAME = "all_results.json"
@@ -223,7 +224,7 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if value is None:
         return ""
     if key in TEXT_COLUMNS:
-        return " ".join(str(value).split()).replace("|", "\\|")
+        return table_cell(value)
     if key in FORMATS:
         return FORMATS[key](value)
     notes = []
@@ -280,7 +281,7 @@ def draw_losses(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
     for number, run in enumerate(runs):
         for key, style in (("training_curve", {"alpha": 0.3}), ("held_out_curve", {"marker": "o", "markersize": 5})):
             if run[key]:
-                label = run["name"] if key == "held_out_curve" or not run["held_out_curve"] else None
+                label = chart_label(run["name"]) if key == "held_out_curve" or not run["held_out_curve"] else None
                 minutes, losses = zip(*((seconds / 60, loss) for seconds, loss in run[key]), strict=True)
                 axes.plot(minutes, losses, color=f"C{number}", label=label, **style)
     ends = [max(line.get_xdata()) for line in axes.lines]
@@ -305,7 +306,7 @@ def draw_glue(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
     for position, (name, color, scores) in enumerate(groups):
         places = [place - 0.4 + width * (position + 0.5) for place in range(len(columns))]
         heights = [float("nan") if scores[column] is None else scores[column] for column in columns]
-        axes.bar(places, heights, width, color=color, label=name)
+        axes.bar(places, heights, width, color=color, label=chart_label(name))
     axes.set_xticks(range(len(columns)), [GLUE_COLUMNS[column] for column in columns])
     axes.set_title("GLUE, development sets")
     axes.set_ylabel("per cent")

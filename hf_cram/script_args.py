@@ -1,5 +1,6 @@
 """What a training recipe may hold beside the Trainer's fields, for the main job and every program that reads its recipe."""
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +12,10 @@ from .data.pipeline import DataArguments
 from .data.publish import PublishArguments
 from .data.tokenization import load_tokenizer
 from .recipes import ModelArguments
+
+# What the Hub takes in the front matter of a card; or none, or nothing.
+HUB_LANGUAGE = re.compile(r"([a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual|none)?")
+HUB_LICENSE = re.compile(r"([a-z0-9][a-z0-9.+-]*)?")
 
 
 @dataclass
@@ -52,18 +57,28 @@ class CardArguments:
     )
 
     def __post_init__(self) -> None:
-        self.language = language_code(self.language) or "none"
+        self.language = language_code(self.language) or ""
+        self.model_license = self.model_license.strip().lower()
+        if not HUB_LANGUAGE.fullmatch(self.language):
+            raise ValueError(
+                f"language must be a code such as de, or multilingual, or none, which leaves it out; got {self.language!r}"
+            )
+        if not HUB_LICENSE.fullmatch(self.model_license):
+            raise ValueError(
+                "model_license must be an identifier of the Hub such as mit or cc-by-4.0, or none, which leaves it out; "
+                f"got {self.model_license!r}"
+            )
 
     @property
     def metadata(self) -> dict[str, str | None]:
-        """Both as the front matter of a card names them; `None` leaves one out."""
+        """What was said, as the front matter of a card names it; `None` leaves one out."""
         values = {"language": self.language, "license": self.model_license}
-        return {name: None if value == "none" else value for name, value in values.items()}
+        return {name: None if value == "none" else value for name, value in values.items() if value}
 
 
 @dataclass
-class FineTunedCardArguments:
-    """What the card of a model of own data says."""
+class FineTunedCardArguments(CardArguments):
+    """What the card of a model of own data says; nothing of what is not given."""
 
     language: str = field(
         default="",
@@ -77,15 +92,6 @@ class FineTunedCardArguments:
             "help": "Licence of the model of your own data, of the Hub's; none: left out; default: a local base model's."
         },
     )
-
-    def __post_init__(self) -> None:
-        self.language = language_code(self.language) or ""
-
-    @property
-    def metadata(self) -> dict[str, str | None]:
-        """What was said, as the front matter of a card names it; `None` leaves one out."""
-        values = {"language": self.language, "license": self.model_license}
-        return {name: None if value == "none" else value for name, value in values.items() if value}
 
 
 RECIPE_PARTS = (

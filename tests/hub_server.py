@@ -198,6 +198,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             front_matter = yaml.safe_load(content.split("---")[1])
             problem = None if isinstance(front_matter, dict) else "no keys"
+            for key in ("language", "license"):
+                values = front_matter.get(key) if problem is None else None
+                values = values if isinstance(values, list) else [values]
+                if not all(value is None or isinstance(value, str) and value == value.lower() for value in values):
+                    problem = f"{key} must be a string in lower case"
         except (IndexError, yaml.YAMLError) as error:
             problem = str(error)
         errors = [{"message": problem}] if problem else []

@@ -565,6 +565,7 @@ def test_torch_files_that_are_no_state_dict_are_refused(tmp_path, content):
         ('{"model_type": "bert"}', "model_type = 'bert' is neither"),
         ("{}", "model_type = None is neither"),
         ('{"model_type": "crammedBERT"}', "architectures = "),
+        ('{"model_type": "crammedBERT", "architectures": 3}', "architectures = "),
         (
             '{"model_type": "crammedBERT", "architectures": ["ScriptableLMForPreTraining"]}',
             "arch.embedding.vocab_size",

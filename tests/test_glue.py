@@ -414,7 +414,7 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     ]  # fmt: skip
     (model_folder / "README.md").write_text("---\nlanguage: de\nlicense: cc0-1.0\n---\n")
     arguments = ["--model_name_or_path", model_folder, "--output_dir", out, *own_data]
-    run(monkeypatch, *arguments, "--model_license", "mit")  # the language is the base model's
+    run(monkeypatch, *arguments, "--model_license", "MIT")  # the language is the base model's
     results = results_of(out)
     assert results["columns"] == ["news"]
     assert results["tasks"]["news"]["accuracy"]["median"] > 80
@@ -434,6 +434,13 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     run(monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *own_data, "--model_license", "none")
     card = ModelCard((out / "news" / "README.md").read_text())
     assert (card.data.language, card.data.license) == ("de", None)
+    # What a person has written there outlives another training of the model.
+    (out / "news" / "README.md").write_text(f"{card}\nMy notes.\n")
+    run(monkeypatch, *arguments, "--learning_rate", "2e-3")
+    text = (out / "news" / "README.md").read_text()
+    assert "My notes." in text
+    results = results_of(out)
+    assert f"| {results['tasks']['news']['accuracy']['median']:.1f} |" in text
     (predictions,) = (out / "predictions" / results["setting_id"]).rglob("news.seed-1.tsv")
     predictions = predictions.read_text().splitlines()
     assert {line.split("\t")[1] for line in predictions[1:]} <= {"culture", "sport"}
@@ -683,6 +690,18 @@ def test_a_smaller_run_elsewhere_leaves_a_models_fuller_results(
     assert results_of(model_folder)["seeds"] == [1, 2, 3]
 
 
+def test_fuller_results_in_the_models_own_folder_are_moved_aside(monkeypatch, caplog, glue_data, model_folder):
+    arguments = [*FAST, "--model_name_or_path", model_folder, "--glue_data", glue_data, "--tasks"]
+    run(monkeypatch, *arguments, "sst2,stsb", "--seeds", "1")
+    fuller = results_of(model_folder)
+    run(monkeypatch, *arguments, "sst2,stsb", "--seeds", "1")
+    assert not (model_folder / "glue_results.json-1").exists()
+    run(monkeypatch, *arguments, "sst2", "--seeds", "1")
+    assert list(results_of(model_folder)["tasks"]) == ["sst2"]
+    assert json.loads((model_folder / "glue_results.json-1").read_text()) == fuller
+    assert "were moved to glue_results.json-1" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("difference", "expected"),
     [
@@ -889,7 +908,8 @@ def test_an_output_folder_that_cannot_be_is_known_before_training(monkeypatch, g
         (["--eval_steps", "5"], "eval_steps has no place here"),
         (["--logging_steps", "5"], "logging_steps does nothing by itself: set logging_strategy: steps"),
         (["--save_steps", "5"], "save_steps does nothing by itself: set save_strategy: steps"),
-        (["--search_seeds", "2"], "search_seeds is for a search: set search_learning_rate"),
+        (["--search_seeds", "2"], "search_seeds is for a search: give search_learning_rate"),
+        (["--search_seeds", "2", "--search_learning_rate", "1e-4"], "search_seeds is for a search"),
         (["--train_file", "a.csv", "--save_models", "false", "--language", "de"], "of your own data that is kept"),
     ],
 )
@@ -993,6 +1013,14 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--bf16_full_eval", "true", "bf16_full_eval has no place here"),
         ("--fp16_full_eval", "true", "fp16_full_eval has no place here"),
         ("--auto_find_batch_size", "true", "auto_find_batch_size would train with another batch"),
+        ("--load_best_model_at_end", "true", "load_best_model_at_end has no place here: the last weights are scored"),
+        ("--metric_for_best_model", "f1", "metric_for_best_model has no place here"),
+        ("--greater_is_better", "true", "greater_is_better has no place here"),
+        ("--hub_always_push", "true", "hub_always_push has no place here"),
+        ("--eval_delay", "2", "eval_delay has no place here"),
+        ("--save_strategy", "best", "save_strategy best has no place here"),
+        ("--model_license", "MIT license", "model_license must be an identifier of the Hub"),
+        ("--language", "German", "language must be a code such as de"),
         ("--enable_jit_checkpoint", "true", "enable_jit_checkpoint would score what a signal has stopped half-way"),
         ("--language", "de", "language is for the card of a model of your own data"),
         ("--prediction_loss_only", "true", "prediction_loss_only would leave no predictions to score"),

@@ -77,7 +77,8 @@ def test_card_is_the_recorded_one():
 
 
 def test_front_matter_is_what_the_hub_reads(tmp_path):
-    save_model_card(build(dataset_names=["owner/text"], text_name="owner/text", glue_results=PARTIAL_GLUE), tmp_path)
+    of_one = {"dataset_names": ["owner/text"], "held_out_of": "owner/text", "text_name": "owner/text"}
+    save_model_card(build(**of_one, glue_results=PARTIAL_GLUE), tmp_path)
     front_matter = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert front_matter["license"] == "apache-2.0"
     assert front_matter["language"] == "en"
@@ -103,13 +104,22 @@ def test_every_data_set_of_a_mix_is_named():
     assert ("held-out", None, None, "loss") in metrics_of(card)
 
 
+def test_the_loss_on_a_mix_is_no_score_on_one_of_its_data_sets(tmp_path):
+    for whole, told in ((None, "held-out"), ("allenai/c4", "allenai/c4")):
+        card = build(dataset_names=["allenai/c4"], held_out_of=whole)
+        assert [result.dataset_type for result in card.data.eval_results] == [told]
+        assert card.data.datasets == ["allenai/c4"]
+        save_model_card(card, tmp_path / told)
+        assert (tmp_path / told / ".eval_results").exists() == (whole is not None)
+
+
 def test_text_of_this_machine_is_no_dataset():
     assert "datasets" not in build().data.to_dict()
     assert ("held-out", None, None, "loss") in metrics_of(build())
 
 
 def test_eval_results_are_parsed_by_the_library(tmp_path):
-    save_model_card(build(dataset_names=["owner/text"], glue_results=WHOLE_GLUE), tmp_path)
+    save_model_card(build(dataset_names=["owner/text"], held_out_of="owner/text", glue_results=WHOLE_GLUE), tmp_path)
     folder = tmp_path / ".eval_results"
     glue = parse_eval_result_entries(yaml.safe_load((folder / "glue.yaml").read_text()))
     assert {entry.task_id: entry.value for entry in glue} == dict.fromkeys(GLUE_COLUMNS, 60.0)
@@ -220,6 +230,29 @@ def test_a_section_that_has_lost_a_mark_takes_nothing_with_it(tmp_path, lost, le
     assert (text.count(f"<!-- hf_cram: {lost} -->"), text.count(f"<!-- hf_cram: {left} -->")) == (1, 2)
 
 
+@pytest.mark.parametrize(("written", "read"), [("no", "no"), ("[no, en]", ["no", "en"]), ("'no'", "no"), ("de", "de")])
+def test_norwegian_stays_a_language(tmp_path, written, read):
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nlanguage: {written}\n---\n# Mine\n", encoding="utf-8")
+    update_model_card(tmp_path, PARTIAL_GLUE)
+    assert yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])["language"] == read
+
+
+def test_a_byte_order_mark_does_not_hide_the_front_matter(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n", encoding="utf-8-sig")
+    update_model_card(tmp_path, PARTIAL_GLUE)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ModelCard(text).data.license == "mit"
+    assert text.count("license: mit") == 1
+
+
+def test_wnli_alone_is_compared_with_nothing(tmp_path):
+    card = build(glue_results={**PARTIAL_GLUE, "tasks": {"wnli": PARTIAL_GLUE["tasks"]["wnli"]}, "columns": []})
+    assert "mean of" not in card.text
+    assert "the last column" not in card.text
+    assert "| WNLI | accuracy | 56.3 |" in card.text
+
+
 def test_no_card_or_a_broken_one(tmp_path):
     assert not update_model_card(tmp_path, glue_results=PARTIAL_GLUE)
     assert list(tmp_path.iterdir()) == []
@@ -227,6 +260,9 @@ def test_no_card_or_a_broken_one(tmp_path):
     with pytest.raises(ModelCardError, match="README.md cannot be read"):
         update_model_card(tmp_path, glue_results=PARTIAL_GLUE)
     assert (tmp_path / "README.md").read_text(encoding="utf-8").endswith("# Mine\n")
+    (tmp_path / "README.md").write_text("---\n2024: x\n---\n# Mine\n", encoding="utf-8")
+    with pytest.raises(ModelCardError, match="README.md cannot be read"):
+        update_model_card(tmp_path, glue_results=PARTIAL_GLUE)
 
 
 def test_results_of_a_run_without_budget_and_evaluation():

@@ -17,6 +17,7 @@ from hf_cram.report import (
     describe_count,
     draw_glue,
     draw_losses,
+    draw_report,
     load_run,
     load_runs,
     main,
@@ -149,6 +150,15 @@ def test_same_named_folders_are_told_apart_and_order_is_kept(make_run, monkeypat
     monkeypatch.chdir(tmp_path / "single")
     rows = load_runs(["../b/x/out", ".", "../a/x/out", "../c/out", "../b/x/out/"])
     assert [row["name"] for row in rows] == ["b/x/out", "single", "a/x/out", "c/out"]
+
+
+@pytest.mark.parametrize("name", ["_base", "a$b_$", "$\\frac$"])
+def test_a_name_of_marks_stands_in_the_picture(make_run, name):
+    runs = load_runs([make_run(name, all_results=PRETRAINING, trainer_state={"log_history": HISTORY})])
+    axes = Figure().subplots()
+    draw_losses(axes, runs)
+    assert [text.get_text().strip().replace("\\$", "$") for text in axes.legend().get_texts()] == [name]
+    assert draw_report(runs)[:4] == b"\x89PNG"
 
 
 def test_losses_are_drawn_over_the_clock_with_the_last_evaluation(make_run):

@@ -9,6 +9,8 @@ import numpy as np
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ..markup import table_cell
+
 TEMPLATE = Path(__file__).with_name("data_card_template.md")
 # The Hub's names for sizes: a name for each bound, up to a thousand billion rows.
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -127,7 +129,7 @@ def _cell(value: Any) -> str:
         return "; ".join(f"{_cell(key)}: {_cell(content)}" for key, content in value.items())
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return table_cell(value)
 
 
 def draw_histogram(counts: Sequence[int], edges: Sequence[float], row_order: str) -> bytes:

@@ -144,6 +144,11 @@ class SourceArguments(SourceSettings):
         names = dict.fromkeys(source.dataset_name for source in self.named_sources().values())
         return [name for name in names if name not in (None, INSTALLED_DOCS) and not _is_there(str(name))]
 
+    @property
+    def hub_name_of_all(self) -> str | None:
+        """The data set of the Hub that is the whole text, where one is."""
+        return next(iter(self.hub_names), None) if len(self.named_sources()) == 1 else None
+
 
 def _is_there(name: str) -> bool:
     try:

@@ -262,9 +262,13 @@ def test_names_of_data_sets_on_the_hub(tmp_path):
     (tmp_path / "local").mkdir()
     sources = {"a": {"dataset_name": "allenai/c4"}, "b": {"dataset_name": str(tmp_path / "local")},
                "c": {"dataset_name": "installed-docs"}, "d": {"train_files": ["x.txt"]}}  # fmt: skip
-    assert SourceArguments(sources=sources).hub_names == ["allenai/c4"]
-    assert SourceArguments(dataset_name="allenai/c4").hub_names == ["allenai/c4"]
-    assert SourceArguments().hub_names == []
+    for arguments, names, whole in (
+        (SourceArguments(sources=sources), ["allenai/c4"], None),
+        (SourceArguments(dataset_name="allenai/c4"), ["allenai/c4"], "allenai/c4"),
+        (SourceArguments(), [], None),
+    ):
+        assert arguments.hub_names == names
+        assert arguments.hub_name_of_all == whole
 
 
 PRINT_MIX = """
