@@ -203,7 +203,6 @@ def build_trainer(
     return CramTrainer(
         model,
         training_args,
-        followers=[collator],
         eval_data_collator=DataCollatorForFixedCountMasking(
             corpus.tokenizer, EVAL_MLM_PROBABILITY, seed=EVAL_MASK_SEED
         ),

@@ -143,7 +143,7 @@ def run_here(job: dict) -> dict:
 
     with clock.paused():
         trainer = CramTrainer(
-            model, arguments, followers=[collator], time_function=clock, train_dataset=train,
+            model, arguments, time_function=clock, train_dataset=train,
             data_collator=collator, processing_class=tokenizer,
         )  # fmt: skip
     trainer.add_callback(at_points(lambda: trainer.budget_fraction, measure))

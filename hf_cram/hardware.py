@@ -227,8 +227,10 @@ def training_flops(
 ) -> int:
     """FLOPs of the matrix products in one forward and backward pass over `batch`, counted on a copy of the model."""
     probe = copy.deepcopy(model).train()
-    # The fused CPU attention and flash attention have no formula in the counter; the plain one does the same products.
-    if isinstance(probe, PreTrainedModel) and "flash" in str(probe.config._attn_implementation):
+    # The fused CPU attention, flash and flex attention have no formula in the counter; the plain one does the same
+    # products.
+    is_fused = re.compile("flash|flex").search
+    if isinstance(probe, PreTrainedModel) and is_fused(str(probe.config._attn_implementation)):
         probe.set_attn_implementation("sdpa")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         compute_loss(probe, batch).backward()

@@ -35,8 +35,6 @@ def load_run_state(checkpoint: Path, dataset_id: str | None, row_order: str, mod
 
 def _check_optimizer(checkpoint: Path) -> None:
     """Without its state the Trainer would begin with a fresh optimiser, and say nothing."""
-    if any(checkpoint.glob("global_step*")):  # deepspeed keeps its own
-        return
     for name in ("optimizer", "scheduler"):
         if not any(checkpoint.glob(f"{name}*")):
             raise CheckpointError(f"{checkpoint} has no {name}.pt: name a whole checkpoint, or start a new run")

@@ -9,6 +9,8 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import set_seed
 
+from .data.collator import DataCollatorForFixedCountMasking
+
 
 class RowStream(Dataset):
     """
@@ -64,21 +66,26 @@ class StepBatches(Dataset):
     A loader worker reads steps ahead of the training, and knows neither its random state nor its clock. So there, what
     the dataset and the collator draw follows from `seed`, the process and the step, and a collator that follows the
     budget is told the plan's fraction: a resumed run goes on with the same batches.
+
+    Rows that the masking collator would know by their content alone get the number of their pass (`mask_pass`).
     """
 
-    def __init__(
-        self, stream: RowStream, collator: Callable[[list[Any]], Any], is_follower: bool, seed: int, rank: int
-    ):
+    def __init__(self, stream: RowStream, collator: Callable[[list[Any]], Any], seed: int, rank: int):
         self.stream = stream
         self.collator = collator
-        self.is_follower = is_follower
+        self.is_follower = hasattr(collator, "follow_budget")
         self.seed = seed
         self.rank = rank
         self._worker_collator: Any = None
 
     def __getitem__(self, plan: StepPlan) -> Any:
         collator = self.collator if get_worker_info() is None else self._worker_collator_at(plan)
-        return collator(self.stream.__getitems__(range(plan.first_position, plan.first_position + plan.rows)))
+        positions = range(plan.first_position, plan.first_position + plan.rows)
+        rows = self.stream.__getitems__(positions)
+        if isinstance(collator, DataCollatorForFixedCountMasking) and not all("mask_key" in row for row in rows):
+            passes = (position // self.stream.num_rows for position in positions)
+            rows = [{**row, "mask_pass": number} for row, number in zip(rows, passes, strict=True)]
+        return collator(rows)
 
     def _worker_collator_at(self, plan: StepPlan) -> Any:
         set_seed(int(np.random.SeedSequence((self.seed, self.rank, plan.step)).generate_state(1)[0]))

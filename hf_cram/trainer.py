@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy, PredictionOutput, SaveStrategy, TrainOutput
 
 from .budget import (
     BudgetClock,
@@ -90,7 +90,8 @@ def keep_buffers(model: nn.Module) -> Iterator[None]:
 def keep_random_state() -> Iterator[None]:
     """Leave Python's, numpy's and torch's random states as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # Of the GPUs this process draws on one.
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
@@ -117,9 +118,9 @@ class CramTrainer(Trainer):
     stops at the first step that ends beyond the budget.
 
     Args beyond the Trainer's:
-        followers: objects with `follow_budget(fraction) -> dict`, told the used fraction after every step (a collator
-            with mask rates in phases, say); what they return is logged.
-        eval_data_collator: collator of the evaluation rows; default: `data_collator`.
+        followers: objects with `follow_budget(fraction) -> dict`, told the used fraction after every step; what they
+            return is logged. A `data_collator` with that method (mask rates in phases) is one of them without being named.
+        eval_data_collator: collator of the rows of [`evaluate`] and [`predict`]; default: `data_collator`.
         time_function: seconds from any origin, `time.monotonic` by default.
 
     The collator returns a dict of tensors whose first dimension is the rows; `per_device_train_batch_size` rows at a
@@ -170,6 +171,9 @@ class CramTrainer(Trainer):
         self.clock = BudgetClock(args.time_budget_seconds, time_function)
         self.run_state = RunState(dataset_id=getattr(train_dataset, "dataset_id", None))
         self.followers = list(followers)
+        is_follower = any(follower is self.data_collator for follower in self.followers)
+        if hasattr(self.data_collator, "follow_budget") and not is_follower:
+            self.followers.append(self.data_collator)
         self.eval_data_collator = eval_data_collator
         self.interrupted_by: signal.Signals | None = None
         self.was_used_up = False
@@ -178,7 +182,7 @@ class CramTrainer(Trainer):
         self._clock_fraction = 0.0
         self._follower_logs: dict[str, float] = {}
         self._nonfinite_in_a_row = 0
-        self._has_trained = self._is_resumed = False
+        self._has_trained = self._is_resumed = self._knows_loss = False
         self._has_own_optimizer = self.optimizer is not None
         self._keeps_folder = False
         self._locks = contextlib.ExitStack()
@@ -250,7 +254,8 @@ class CramTrainer(Trainer):
             self.clock.stop()
             control.should_training_stop = control.should_log = True
             control.should_evaluate = False  # the caller's, after the clock
-            control.should_save = self._saves_checkpoints or self.interrupted_by is not None
+            # A callback may have asked for one.
+            control.should_save |= self._saves_checkpoints or self.interrupted_by is not None
             return
         for flag, interval in self._intervals.items():
             if interval.due(self._elapsed_seconds, self.budget_fraction):
@@ -341,9 +346,7 @@ class CramTrainer(Trainer):
         if self.args.embeddings_from_text and checkpoint is None and not self._has_trained:
             initialize_embeddings_from_text(self.model, self.train_dataset, self.args.seed)
         with memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size):
-            is_told = self.compute_loss_func is not None or self.loss_is_scaled_for_ga is not None
-            if not (self._has_trained or is_told) and self.model_accepts_loss_kwargs:
-                self.model_accepts_loss_kwargs = self._loss_follows_item_count()
+            self._look_at_loss()
             self._row_flops = self._measure_row_flops()
         self._has_trained, self._setup_seconds = True, 0.0
         forget_peak_memory(self.args.device)
@@ -477,6 +480,13 @@ class CramTrainer(Trainer):
         rows = self._row_stream().__getitems__(list(range(position, position + MEASURED_ROWS)))
         return self._prepare_inputs(self.data_collator(rows))
 
+    def _look_at_loss(self) -> None:
+        """Once, before the Trainer first scales a loss by what the model accepts."""
+        is_told = self.compute_loss_func is not None or self.loss_is_scaled_for_ga is not None
+        if not (self._knows_loss or is_told) and self.model_accepts_loss_kwargs:
+            self.model_accepts_loss_kwargs = self._loss_follows_item_count()
+        self._knows_loss = True
+
     @torch.no_grad()
     def _loss_follows_item_count(self) -> bool:
         """
@@ -525,9 +535,8 @@ class CramTrainer(Trainer):
             args.process_index,
             args.world_size,
         )
-        is_follower = any(follower is self.data_collator for follower in self.followers)
         return DataLoader(
-            StepBatches(self._row_stream(), self.data_collator, is_follower, args.seed, args.process_index),
+            StepBatches(self._row_stream(), self.data_collator, args.seed, args.process_index),
             batch_size=None,
             sampler=sampler,
             collate_fn=_unchanged,
@@ -541,12 +550,19 @@ class CramTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        with self._evaluating_collator():
+            return _with_shielded_workers(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        with self._evaluating_collator():
+            return _with_shielded_workers(super().get_test_dataloader(test_dataset))
+
+    @contextlib.contextmanager
+    def _evaluating_collator(self) -> Iterator[None]:
         training_collator = self.data_collator
         self.data_collator = self.eval_data_collator or training_collator
         try:
-            loader = super().get_eval_dataloader(eval_dataset)
-            getattr(loader, "base_dataloader", loader).worker_init_fn = _leave_signals_to_the_trainer
-            return loader
+            yield
         finally:
             self.data_collator = training_collator
 
@@ -708,9 +724,14 @@ class CramTrainer(Trainer):
         started = time.monotonic()
         memory = memory_errors("per_device_eval_batch_size", self.args.per_device_eval_batch_size)
         with keep_random_state(), memory:
+            self._look_at_loss()
             metrics = super().evaluate(*args, **kwargs)
         self._eval_seconds = max(self._eval_seconds or 0.0, time.monotonic() - started)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        self._look_at_loss()
+        return super().predict(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         output_dir = super()._get_output_dir(trial)
@@ -775,6 +796,8 @@ class CramTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         target = Path(output_dir) if output_dir else self.output_dir
+        if hasattr(self.optimizer, "eval"):  # schedule-free ones: the weights that are evaluated
+            self.optimizer.eval()
         staged = target / STAGING_NAME / "model"
         with save_errors(target):
             super().save_model(str(staged), _internal_call=True)
@@ -851,6 +874,11 @@ class CramTrainer(Trainer):
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _with_shielded_workers(loader: DataLoader) -> DataLoader:
+    getattr(loader, "base_dataloader", loader).worker_init_fn = _leave_signals_to_the_trainer
+    return loader
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

@@ -38,13 +38,19 @@ REFUSED_FIELDS = {
     "eval_delay": "has no place under a budget: set eval_interval; leave it out",
     "enable_jit_checkpoint": "has no place here: SIGTERM saves a checkpoint anyway; leave it out",
     "auto_find_batch_size": "restarts training inside the clock: set per_device_train_batch_size",
-    "label_smoothing_factor": "would change the held-out loss as well: give CramTrainer a compute_loss_func",
+    "label_smoothing_factor": "would change the held-out loss as well: override compute_loss, and smooth while model.training",
     "dataloader_drop_last": "would leave held-out rows out: training has full batches anyway; leave it out",
 }
 STEPS_OF_STRATEGY = {
     "save_steps": ("save_strategy", "save_interval"),
     "logging_steps": ("logging_strategy", "logging_interval"),
     "eval_steps": ("eval_strategy", "eval_interval"),
+}
+# What spreads one model over processes, and the launcher's word for it.
+SHARDING = {
+    "fsdp": "ACCELERATE_USE_FSDP",
+    "deepspeed": "ACCELERATE_USE_DEEPSPEED",
+    "parallelism_config": "ACCELERATE_USE_PARALLELISM_CONFIG",
 }
 OPTIM_ARG = re.compile(r"\s*\w+\s*=[^=]+")
 SAMPLING_STRATEGIES = ("random", "sequential")
@@ -278,6 +284,18 @@ class CramTrainingArguments(OpenPrecisionArguments):
         return self.train_batch_rows or self.smallest_batch_rows
 
     def _check_fields(self) -> None:
+        for name, variable in SHARDING.items():
+            if getattr(self, name) or os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+                raise ValueError(
+                    f"{name}: every process holds the whole model here: leave it out, and start the processes by "
+                    "accelerate launch --multi_gpu"
+                )
+        optim = str(getattr(self.optim, "value", self.optim))
+        if optim.endswith("_layerwise") or optim in ("lomo", "adalomo"):
+            raise ValueError(
+                f"optim {optim!r} takes its steps within the backward pass, where no clock rules the learning rate: choose "
+                "another"
+            )
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 "gradient_accumulation_steps follows from train_batch_rows here: set train_batch_rows instead"

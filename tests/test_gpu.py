@@ -10,6 +10,7 @@ from conftest import REPOSITORY, VOCAB_SIZE, Rows
 from transformers import TrainerCallback, set_seed
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
+from hf_cram.checkpointing import last_checkpoint
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.hardware import bf16_is_faster, measure_matmul_flops
 from hf_cram.trainer import CramTrainer
@@ -108,6 +109,7 @@ def test_a_stopped_and_resumed_run_goes_on_as_the_uninterrupted_one(tiny_config,
     whole = make_trainer(tiny_config, tokenizer, tmp_path / "whole", **values)
     whole.train()
     make_trainer(tiny_config, tokenizer, tmp_path / "parts", [StopAt(6)], **values).train()
+    assert last_checkpoint(tmp_path / "parts").name == "checkpoint-6"
     resumed = make_trainer(tiny_config, tokenizer, tmp_path / "parts", **values)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 12

@@ -53,7 +53,7 @@ from hf_cram.checkpointing import (
     rotate,
 )
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
-from hf_cram.hardware import RESET_PEAK, MicroBatchMemoryError
+from hf_cram.hardware import RESET_PEAK, MicroBatchMemoryError, training_flops
 from hf_cram.modeling_crammed_bert import eager_attention_forward
 from hf_cram.output_folder import move_earlier_run_aside
 from hf_cram.row_stream import RowStream
@@ -118,7 +118,6 @@ def make_trainer(config, tokenizer, output_dir, *, rate="0.25", callbacks=(), da
     return CramTrainer(
         model or CrammedBertForMaskedLM(config),
         arguments,
-        followers=[collator],
         eval_data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.15, seed=7),
         train_dataset=dataset or Rows(64),
         eval_dataset=held_out or Rows(16, seed=1),
@@ -294,6 +293,55 @@ def test_accumulation_equals_one_large_micro_batch(tiny_config, tokenizer, tmp_p
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=2e-6, msg=name)
 
 
+class ToldCollator(DataCollatorForFixedCountMasking):
+    """Notes what it is told of the budget."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.told = []
+
+    def follow_budget(self, fraction):
+        self.told.append(fraction)
+        return super().follow_budget(fraction)
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_collator_is_told_of_the_budget_once_whether_named_or_not(tiny_config, tokenizer, tmp_path, is_named):
+    collator = ToldCollator(tokenizer, "0:0.4,0.5:0.2")
+    trainer = CramTrainer(
+        CrammedBertForMaskedLM(tiny_config), make_arguments(tmp_path, max_steps=4), train_dataset=Rows(16),
+        data_collator=collator, followers=[collator] if is_named else [],
+    )  # fmt: skip
+    trainer._measure_row_flops = lambda: {}
+    trainer.train()
+    assert collator.told == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert collator.mlm_probability == 0.2
+
+
+def test_rows_without_keys_are_masked_anew_in_each_pass(tiny_config, tokenizer, tmp_path):
+    seen = []
+
+    class Noting(DataCollatorForFixedCountMasking):
+        def __call__(self, features):
+            batch = super().__call__(features)
+            originals = [tuple(feature["input_ids"]) for feature in features]
+            seen.extend(zip(originals, map(tuple, batch["masked_positions"].tolist()), strict=True))
+            return batch
+
+    trainer = CramTrainer(
+        CrammedBertForMaskedLM(tiny_config), make_arguments(tmp_path, max_steps=12), train_dataset=Rows(16),
+        data_collator=Noting(tokenizer, 0.25),
+    )  # fmt: skip
+    trainer._measure_row_flops = lambda: {}
+    trainer._knows_loss = True  # which is tried on a batch as well
+    trainer.train()
+    assert len(seen) == 48
+    masks = {}
+    for row, positions in seen:
+        masks.setdefault(row, set()).add(positions)
+    assert all(len(of_row) > 1 for of_row in masks.values())
+
+
 @pytest.mark.parametrize("rows", [8, 32])
 def test_accumulation_is_a_mean_for_models_that_do_not_divide_by_the_items_too(tokenizer, tmp_path, rows):
     """BERT takes `num_items_in_batch` like any keyword, and returns the mean of the micro-batch."""
@@ -396,12 +444,70 @@ def test_an_attention_that_takes_half_precision_only_can_train(tiny_config, toke
 
 
 class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, saves=False):
+        self.step, self.saves = step, saves
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             control.should_training_stop = True
+            control.should_save |= self.saves
+
+
+def test_a_callback_that_saves_and_stops_leaves_a_checkpoint(tiny_config, tokenizer, tmp_path):
+    for saves, expected in ((False, []), (True, ["checkpoint-3"])):
+        folder = tmp_path / str(saves)
+        make_trainer(tiny_config, tokenizer, folder, max_steps=5, callbacks=[StopAt(3, saves)]).train()
+        assert [path.name for path in folder.glob("checkpoint-*")] == expected
+
+
+def test_flops_are_counted_whatever_the_attention(tiny_config, tokenizer, tmp_path):
+    flops = []
+    for attention in ("eager", "flex_attention"):
+        model = CrammedBertForMaskedLM._from_config(tiny_config, attn_implementation=attention)
+        batch = {"input_ids": torch.ones(2, 16, dtype=torch.long), "labels": torch.ones(2, 16, dtype=torch.long)}
+        flops.append(training_flops(model, batch))
+    assert flops[0] == flops[1] > 0
+
+
+def test_predictions_are_made_on_the_rows_of_an_evaluation(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1)
+    held_out = Rows(16, seed=1)
+    assert trainer.predict(held_out).metrics["test_loss"] == trainer.evaluate(held_out)["eval_loss"]
+
+
+class Averaging(torch.optim.AdamW):
+    """As schedule-free optimisers do, it has other weights to train than to use."""
+
+    is_training = False
+
+    def _shift(self, trains):
+        if trains != self.is_training:
+            self.is_training = trains
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.add_(1.0 if trains else -1.0)
+
+    def train(self):
+        self._shift(True)
+
+    def eval(self):
+        self._shift(False)
+
+
+def test_the_weights_that_are_saved_are_those_that_are_evaluated(tiny_config, tokenizer, tmp_path):
+    set_seed(0)
+    model = CrammedBertForMaskedLM(tiny_config)
+    trainer = CramTrainer(
+        model, make_arguments(tmp_path, max_steps=2), train_dataset=Rows(16), eval_dataset=Rows(8),
+        data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.25), processing_class=tokenizer,
+        optimizers=(Averaging(model.parameters(), lr=1e-3), None),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    saved = load_file(tmp_path / "model.safetensors")
+    trainer.evaluate()
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(("dropout", "muon"), [(0.1, None), (0.1, 0.02)])
@@ -1293,6 +1399,10 @@ def test_wrong_arguments_are_one_line(tmp_path):
         ({"time_budget": "5s", "auto_find_batch_size": True}, "set per_device_train_batch_size"),
         ({"time_budget": "5s", "muon_learning_rate": 0.0}, "muon_learning_rate must be above 0"),
         ({"time_budget": "5s", "muon_learning_rate": 0.02, "optim": "adafactor"}, "leave out optim and optim_args"),
+        ({"time_budget": "5s", "optim": "galore_adamw_layerwise"}, "takes its steps within the backward pass"),
+        ({"time_budget": "5s", "optim": "lomo"}, "takes its steps within the backward pass"),
+        ({"time_budget": "5s", "fsdp": True}, "fsdp: every process holds the whole model here"),
+        ({"time_budget": "5s", "deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed: every process holds"),
         ({"time_budget": "5s", "muon_learning_rate": 0.02, "optim_args": "k=1"}, "leave out optim and optim_args"),
         ({"time_budget": "5s", "lr_scheduler_kwargs": "peak_at=0.5"}, "lr_scheduler_kwargs must be numbers by name"),
         (
@@ -1328,6 +1438,13 @@ def test_a_default_that_was_asked_for_is_refused_like_any_other_value(tmp_path):
     for name, instead in (("lr_scheduler_type", "lr_schedule"), ("save_steps", "save_interval")):
         with pytest.raises(ValueError, match=f"{name} .* set {instead}"):
             check_given({name}, args)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"])
+def test_a_launcher_that_cuts_the_model_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match="every process holds the whole model here: leave it out"):
+        make_arguments(tmp_path, max_steps=1)
 
 
 def test_a_process_uses_one_of_several_gpus(tmp_path, monkeypatch, caplog):
@@ -1589,13 +1706,21 @@ import time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import Rows
-from test_trainer import PARALLEL_SETTINGS, StopAt, make_trainer
-from transformers import AutoTokenizer
+from test_trainer import PARALLEL_SETTINGS, StopAt, make_arguments, make_trainer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from hf_cram import CrammedBertConfig
+from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.launching import end_process
+from hf_cram.trainer import CramTrainer
 folder = Path(sys.argv[2])
 config, tokenizer = CrammedBertConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 clock = {"time_budget": "2s", "logging_interval": "10%", "eval_interval": "25%", "save_interval": "25%"}
+# A loss that is a mean is not multiplied by the processes, before training as after it.
+bert = BertForMaskedLM(BertConfig(vocab_size=config.vocab_size, hidden_size=32, num_hidden_layers=1,
+                                  num_attention_heads=2, intermediate_size=64))
+trainer = CramTrainer(bert, make_arguments(folder / "bert", max_steps=1), train_dataset=Rows(16), eval_dataset=Rows(16),
+                      data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.25, return_masked_positions=False))
+(folder / f"bert.rank{trainer.args.process_index}").write_text(json.dumps(trainer.evaluate()["eval_loss"]))
 for kind, sessions, settings in (
     ("steps", ([], ), {"max_steps": 6}),
     ("parts", ([StopAt(3)], []), {"max_steps": 6}),
@@ -1626,6 +1751,7 @@ def test_two_processes_train_as_one(tiny_config, tokenizer, tmp_path, python_env
     command = [*launcher, str(tmp_path / "parallel.py"), str(Path(__file__).parent), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=python_environment, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "bert.rank0").read_text()) == pytest.approx(np.log(VOCAB_SIZE), rel=0.05)
     one = make_trainer(tiny_config, tokenizer, tmp_path / "one", max_steps=6, dataset=Rows(50), **PARALLEL_SETTINGS)
     one.train()
     for kind in ("steps", "parts"):

@@ -61,7 +61,8 @@ class DataCollatorForFixedCountMasking:
     (paper, section 4.3), 80 % as `[MASK]`, 10 % as a random token, 10 % unchanged (BERT).
 
     The draw is a function of `seed`, the row's `mask_key` and nothing else: two processes, a resumed run and a run
-    with loader workers mask alike. Rows without a `mask_key` (any dataset of `input_ids`) are keyed by their content.
+    with loader workers mask alike. Rows without a `mask_key` (any dataset of `input_ids`) are keyed by their content
+    and their pass over the dataset, which [`CramTrainer`] gives as `mask_pass`; without it they get the same mask always.
 
     Args:
         tokenizer: gives the mask token, the vocabulary and the special tokens, which are never masked.
@@ -148,6 +149,7 @@ class DataCollatorForFixedCountMasking:
         if all("mask_key" in feature for feature in features):
             keys = np.array([feature["mask_key"] for feature in features], dtype=np.uint64)
         else:
-            keys = mix64(input_ids.astype(np.uint64) + positions).sum(axis=1, dtype=np.uint64)
+            passes = np.array([feature.get("mask_pass", 0) for feature in features], dtype=np.uint64)
+            keys = mix64(input_ids.astype(np.uint64) + positions).sum(axis=1, dtype=np.uint64) + passes
         keys = mix64(keys + mix64(np.array([self.seed + 1], dtype=np.uint64)))
         return mix64(keys[:, None] + positions)
