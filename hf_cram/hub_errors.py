@@ -68,6 +68,8 @@ def explain(
     reason = f", {told}" if told else ""
     if status == 401:
         fault = "the token is not valid" if get_token() else "there is no token"
+        if is_download:  # the Hub tells strangers of nothing that is closed to them
+            fault = f"there is no {repo_id} that is open to all, and {fault}"
         return HubError(f"{fault} (401): set HF_TOKEN, or run `hf auth login`")
     if status == 403 and is_download:
         return HubError(
@@ -89,7 +91,7 @@ def explain(
         fault = "the Hub asks for fewer requests (429)" if status == 429 else f"the Hub answers {status}"
         return HubError(fault, is_final=False, retry_after_seconds=seconds)
     refused = "download" if is_download else "push"
-    return HubError(f"the Hub refuses the {refused}: {told or error} ({status})")
+    return HubError(f"the Hub refuses the {refused}: {told or first_line(error)} ({status})")
 
 
 def _explain_without_answer(error: BaseException) -> HubError:

@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data.errors import DataError, first_line
+from .data.errors import DataError, first_line, shortened, system_cause
 from .data.hub_datasets import cache_of_folder, fingerprint_folder, place_of, reading_errors
+from .data.input_files import files_below
 
 logger = logging.getLogger(__name__)
 
 SENTENCE_KEYS = ("sentence_good", "sentence_bad")
 PHENOMENON_KEYS = ("linguistics_term", "UID", "field")  # the first one that a pair has names its phenomenon
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write it, no tokenizer reads it
-FILE_PATTERNS = ("*.jsonl", "*.jsonl.gz")
+FILE_ENDINGS = (".jsonl", ".jsonl.gz")
 
 
 class MinimalPairsError(ValueError):
@@ -43,15 +44,9 @@ def read_pairs(sources: Sequence[str], limit: int | None = None) -> list[Minimal
     """
     pairs = []
     for source in sources:
-        path = Path(source).expanduser()
-        if path.is_file():
-            files = [path]
-        elif path.is_dir():
-            files = sorted(file for pattern in FILE_PATTERNS for file in path.rglob(pattern) if file.is_file())
-        elif source.endswith((".jsonl", ".gz")) or source.count("/") != 1:
+        path, files = _files_of(source)
+        if not files and not path.is_dir() and (source.endswith((".jsonl", ".gz")) or source.count("/") != 1):
             raise MinimalPairsError(f"{source}: no such file or folder, and not the name of a data set (owner/name)")
-        else:
-            files = []
         for file in files:
             pairs += _first(_read_file(file), limit, str(file))
         if not files:
@@ -64,6 +59,19 @@ def read_pairs(sources: Sequence[str], limit: int | None = None) -> list[Minimal
     if not different:
         raise MinimalPairsError("there are no pairs to score: both sentences of each are equal")
     return different
+
+
+def _files_of(source: str) -> tuple[Path, list[Path]]:
+    """The path that a source is or would be, and the files of pairs there. Raises [`MinimalPairsError`]."""
+    try:
+        path = Path(source).expanduser()
+        if path.is_file():
+            return path, [path]
+        below = sorted(files_below(path)) if path.is_dir() else []
+        return path, [file for file in below if file.name.endswith(FILE_ENDINGS)]
+    except (OSError, RuntimeError) as error:  # the latter for an unknown user's home
+        place = getattr(error, "filename", None) or source
+        raise MinimalPairsError(f"{shortened(str(place))}: cannot be read ({system_cause(error)})") from error
 
 
 def _first(pairs: Iterator[MinimalPair], limit: int | None, source: str) -> list[MinimalPair]:

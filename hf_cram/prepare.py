@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model_args, data_args, text_args, publish_args, masking_args, _, training_fields, prepare_args = parser.parse(
         sys.argv[1:] if arguments is None else arguments
     )
+    if "dry_run_documents" in parser.given and not prepare_args.dry_run:
+        parser.error("dry_run_documents is for a dry run: set dry_run with it, or leave it out")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("hf_cram").setLevel(logging.INFO)
     try:

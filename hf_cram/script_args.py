@@ -1,21 +1,16 @@
 """What a training recipe may hold beside the Trainer's fields, for the main job and every program that reads its recipe."""
 
-import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .configuration_crammed_bert import CrammedBertConfig
 from .data.collator import check_replacement, parse_phases
+from .data.data_card import check_language, check_license
 from .data.errors import DataError
-from .data.languages import language_code
 from .data.pipeline import DataArguments
 from .data.publish import PublishArguments
 from .data.tokenization import load_tokenizer
 from .recipes import ModelArguments
-
-# What the Hub takes in the front matter of a card; or none, or nothing.
-HUB_LANGUAGE = re.compile(r"([a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual|none)?")
-HUB_LICENSE = re.compile(r"([a-z0-9][a-z0-9.+-]*)?")
 
 
 @dataclass
@@ -57,17 +52,8 @@ class CardArguments:
     )
 
     def __post_init__(self) -> None:
-        self.language = language_code(self.language) or ""
-        self.model_license = self.model_license.strip().lower()
-        if not HUB_LANGUAGE.fullmatch(self.language):
-            raise ValueError(
-                f"language must be a code such as de, or multilingual, or none, which leaves it out; got {self.language!r}"
-            )
-        if not HUB_LICENSE.fullmatch(self.model_license):
-            raise ValueError(
-                "model_license must be an identifier of the Hub such as mit or cc-by-4.0, or none, which leaves it out; "
-                f"got {self.model_license!r}"
-            )
+        self.language = check_language("language", self.language) or ""
+        self.model_license = check_license("model_license", self.model_license) or ""
 
     @property
     def metadata(self) -> dict[str, str | None]:

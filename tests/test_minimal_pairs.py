@@ -331,6 +331,7 @@ def test_ctrl_c_is_one_line(model_folder, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["{model}", "--pairs", "absent.jsonl"], "absent.jsonl: no such file or folder"),
+        (["{model}", "--pairs", "~nobody-of-this-name/a.jsonl"], "~nobody-of-this-name/a.jsonl: cannot be read"),
         (["{empty}", "--pairs", str(PAIRS)], "does not load as a masked language model"),
         (["{model}", "--pairs", str(PAIRS), "--device", "nowhere"], "--device nowhere cannot be used"),
         (["{model}", "--pairs", str(PAIRS), "--output_dir", "{model}/config.json"], "File exists: .*config.json"),

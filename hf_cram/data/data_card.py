@@ -1,6 +1,7 @@
 """The card of a published corpus: what it holds, what it was made of, how its rows score."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..markup import table_cell
+from .errors import DataError
+from .languages import language_code
 
 TEMPLATE = Path(__file__).with_name("data_card_template.md")
+# What the Hub takes in the front matter of a card.
+HUB_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # The Hub's names for sizes: a name for each bound, up to a thousand billion rows.
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 # What a step cost says something about the machine, not about the corpus.
@@ -24,6 +30,24 @@ SCORE_WORDS = {
     "word_length": "characters per word",
     "rare_tokens": "share of rare tokens",
 }
+
+
+def check_for_card(name: str, value: str | None, form: re.Pattern[str], such_as: str) -> str | None:
+    """
+    A language or licence in lower case, `None` where nothing is told. Raises [`DataError`] where the Hub would not take it.
+    """
+    told = (language_code(value) or "").strip().lower()
+    if told not in ("", "none") and not form.fullmatch(told):
+        raise DataError(f"{name} must be {such_as}, or none, which leaves it out; got {value!r}")
+    return told or None
+
+
+def check_language(name: str, value: str | None) -> str | None:
+    return check_for_card(name, value, HUB_LANGUAGE, "a code of two or three letters such as de, or multilingual")
+
+
+def check_license(name: str, value: str | None) -> str | None:
+    return check_for_card(name, value, HUB_LICENSE, "an identifier of the Hub such as mit or cc-by-4.0")
 
 
 def build_data_card(

@@ -15,7 +15,7 @@ import pyarrow as pa
 from ..files import can_make, file_lock, flush_to_disk
 from .data_card import build_data_card, draw_histogram
 from .errors import DataError, system_cause
-from .ordering import OrderingArguments, score_rows
+from .ordering import HISTOGRAM_BINS, OrderingArguments, score_rows
 from .packing import PackedRows
 from .published import (
     COLUMN,
@@ -27,6 +27,7 @@ from .published import (
     without_folders,
 )
 from .steps import progress_bar
+from .tokenization import tokenizer_settings
 
 if TYPE_CHECKING:
     from .pipeline import PreparedCorpus
@@ -37,9 +38,7 @@ SHARD_BYTES = 256_000_000
 GROUP_TOKENS = 1_000_000
 # Rows that are scored for the histogram of a corpus in the order of its text.
 SCORED_ROWS = 100_000
-HISTOGRAM_BINS = 50
 DATA_FOLDER = "data"
-LOADING_KEYS = ("is_local", "local_files_only", "name_or_path")
 PLACEHOLDER = "PATH_OR_REPOSITORY"
 
 
@@ -166,10 +165,8 @@ def _read_rows(rows: PackedRows, start: int, end: int) -> np.ndarray:
 def _write_tokenizer(corpus: "PreparedCorpus", folder: Path) -> None:
     """Write the tokenizer without what `save_pretrained` notes about how it was loaded here."""
     corpus.tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config = {name: value for name, value in config.items() if name not in LOADING_KEYS}
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = json.dumps(tokenizer_settings(corpus.tokenizer), indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(f"{settings}\n", encoding="utf-8")
 
 
 def _dataset_info(rows: PackedRows, splits: Mapping[str, Any], folder: Path) -> dict[str, Any]:

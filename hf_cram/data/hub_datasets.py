@@ -16,8 +16,10 @@ import pyarrow as pa
 import yaml
 import zstandard
 from httpx2 import InvalidURL
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
 from .errors import DataError, SkipReport, first_line, system_cause
 from .input_files import files_below, fingerprint_files, format_suffix
 from .text_files import ReadProgress, check_documents, missing_column
@@ -130,20 +132,23 @@ def fingerprint_folder(folder: Path) -> str:
     return hashlib.blake2b(json.dumps([names, fingerprint_files(files)]).encode(), digest_size=16).hexdigest()
 
 
-def fingerprint_hub_dataset(dataset: Any, name: str, revision: str | None) -> str:
-    """Identity of a loaded data set of the Hub: its fingerprint, or where it streams the commit's hash."""
-    from datasets import IterableDataset
+def commit_of(name: str, revision: str | None) -> str:
+    """
+    The commit that a revision of a Hub data set names now: that of a stream which was opened between two equal answers.
+    Raises [`DataError`].
+    """
 
-    if not isinstance(dataset, IterableDataset):
-        return dataset._fingerprint
-    from huggingface_hub import HfApi
+    def explain_error(error: BaseException) -> HubError:
+        return explain(error, name, revision, "dataset_name", is_download=True)
 
     try:
-        return str(HfApi().dataset_info(name, revision=revision).sha)
-    except (HTTPError, ImportError, InvalidURL, OSError) as error:
-        raise DataError(
-            f"data set {name!r}: its revision cannot be asked for ({first_line(error)}); set streaming: false"
-        ) from error
+        sha = with_retries(
+            lambda: HfApi().dataset_info(name, revision=revision, timeout=SILENCE_SECONDS).sha,
+            explain_error, RETRY_SECONDS, SILENCE_SECONDS,
+        )  # fmt: skip
+    except HubError as error:
+        raise DataError(f"data set {name!r} cannot be loaded: {error}") from error
+    return str(sha)
 
 
 def count_rows(dataset: Any, split: str) -> int | None:

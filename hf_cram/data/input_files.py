@@ -1,5 +1,6 @@
 """The files of a text: which there are, how large, and a hash of what they hold."""
 
+import contextlib
 import glob
 import hashlib
 import logging
@@ -71,9 +72,23 @@ def _expand(pattern: str) -> list[Path]:
         found = [path]
     else:
         found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        _look_into_all(path)
         if not found:
             raise DataError(f"{pattern}: no such file or folder, and no file matches it")
     return found
+
+
+def _look_into_all(pattern: Path) -> None:
+    """Raises `OSError` for a folder that a pattern looks into and that is closed: globbing passes over it in silence."""
+    if pattern.name == "**":
+        pattern /= "*"
+    for parent, part in zip(pattern.parents, reversed(pattern.parts), strict=False):
+        for folder in filter(os.path.isdir, glob.glob(str(parent), recursive=True)):
+            if glob.has_magic(part):
+                os.scandir(folder).close()
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.stat(os.path.join(folder, part))
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import re
-import site
 import sys
 import sysconfig
 import textwrap
@@ -83,26 +82,14 @@ def _library_files() -> list[tuple[str, Path]]:
 
 
 def _distributions(search_paths: Sequence[str] | None) -> list[importlib.metadata.Distribution]:
-    paths = _installed_paths() if search_paths is None else list(search_paths)
+    paths = sys.path if search_paths is None else list(search_paths)
     by_name: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions(path=paths):
+        # A checkout, which the path begins with or not by where a program was started.
+        if search_paths is None and distribution.read_text("RECORD") is None:
+            continue
         by_name.setdefault(_name(distribution), distribution)  # the first on the path is the one imported
     return [by_name[name] for name in sorted(by_name)]
-
-
-def _installed_paths() -> list[str]:
-    """
-    Where packages are installed, in the order of imports. Not the folder that a program was started from or lies in: the
-    text would be another one in a checkout, and in each task of a scheduler.
-    """
-    places = {
-        sysconfig.get_path("purelib"),
-        sysconfig.get_path("platlib"),
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-    }
-    real_places = {os.path.realpath(place) for place in places}
-    return [path for path in sys.path if os.path.realpath(path) in real_places]
 
 
 def _name(distribution: importlib.metadata.Distribution) -> str:

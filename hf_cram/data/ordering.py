@@ -24,6 +24,7 @@ PART_BYTES = 64_000_000  # rows are put in order in parts of so much, in larger 
 MOST_PARTS = 1024
 FRACTION_BITS = 16
 
+HISTOGRAM_BINS = 50  # of the rows' scores
 # (first row, end) -> (rows, max_seq_length) token ids
 ReadRows = Callable[[int, int], np.ndarray]
 # Gets the part of the work, rows done since the last call, rows in all.

@@ -15,9 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from ..files import file_lock
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, with_retries
 from .cache import MANIFEST_NAME, cached_entry
+from .data_card import check_language, check_license
 from .errors import DataError, first_line, system_cause
 from .export import DATA_FOLDER, check_is_free, export_corpus, write_files
-from .languages import language_code
 from .published import DESCRIPTION_NAME, TOKENIZER_FOLDER, read_description, row_settings, sha256_of_file
 
 if TYPE_CHECKING:
@@ -61,7 +61,11 @@ class PublishArguments:
             folder = _export_folder(self.export_corpus_to)
             if not os.path.isfile(folder / DESCRIPTION_NAME):  # of which corpus shows when the rows are there
                 check_is_free(folder)
-        self.corpus_language = language_code(self.corpus_language)
+        self.corpus_language = check_language("corpus_language", self.corpus_language)
+        self.corpus_license = check_license("corpus_license", self.corpus_license)
+        for name in ("corpus_language", "corpus_license"):
+            if getattr(self, name) == "none":
+                setattr(self, name, None)
 
 
 def _check_repo_id(repo_id: str) -> None:

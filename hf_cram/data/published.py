@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from httpx2 import InvalidURL
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
@@ -21,6 +21,7 @@ from .errors import DataError, first_line
 from .hub_datasets import fingerprint_folder, place_of, reading_errors
 from .ordering import OrderingArguments, order_settings
 from .packing import token_dtype
+from .stages import STATISTICS_NAME
 from .steps import progress_bar
 from .tokenization import load_tokenizer
 
@@ -43,6 +44,8 @@ FROM_THE_CORPUS = frozenset(
 ASKED_OF_ROWS = frozenset({"max_seq_length", "row_order", "reverse_row_order", "row_order_seed"})
 LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,:'\"]+/)+")
 LONGEST_PATH = 200
+
+NO_TOKENIZER = "its rows have no tokenizer beside them (tokenizer/tokenizer.json): add that of the rows"
 
 
 def row_settings(arguments: Any, given: Collection[str] = ()) -> dict[str, Any]:
@@ -92,6 +95,8 @@ def find_published_corpus(
         return None
     if folder.is_dir():
         return PublishedCorpus(name, folder, config_name, fingerprint_folder(folder))
+    if not is_described:  # before all of its rows are here
+        _check_tokenizer(name, revision)
     folder = _download(name, revision)
     return PublishedCorpus(name, folder, config_name, folder.name)
 
@@ -113,6 +118,19 @@ def _has_rows(name: str, config_name: str | None, revision: str | None, text_col
         return False
     columns = next(iter(splits.values())).column_names or []
     return COLUMN in columns and text_column not in columns
+
+
+def _check_tokenizer(name: str, revision: str | None) -> None:
+    api = HfApi()
+    try:
+        if any(
+            api.file_exists(name, file, repo_type="dataset", revision=revision)
+            for file in (f"{TOKENIZER_FOLDER}/tokenizer.json", "tokenizer.json")
+        ):
+            return
+    except (HTTPError, ImportError, InvalidURL, OSError):
+        return  # the download says why
+    raise DataError(f"data set {name!r}: {NO_TOKENIZER}")
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -145,7 +163,7 @@ class PublishedCorpus:
         self.description = self._read_description()
         tokenizer = folder / TOKENIZER_FOLDER if (folder / TOKENIZER_FOLDER).is_dir() else folder
         if not (tokenizer / "tokenizer.json").is_file():
-            raise self.error("its rows have no tokenizer beside them (tokenizer/tokenizer.json): add that of the rows")
+            raise self.error(NO_TOKENIZER)
         earlier = {"tokenizer.json": self.description.get("tokenizer_sha256")}
         for file, digest in self.description.get("tokenizer_files", earlier).items():
             if digest is None:
@@ -181,6 +199,8 @@ class PublishedCorpus:
             changed["reverse_row_order"] = arguments.reverse_row_order
             if arguments.row_order == "random":
                 changed["row_order_seed"] = arguments.row_order_seed
+            else:  # where it counts for nothing
+                changed.pop("row_order_seed", None)
         wrong = {
             name: value for name, value in changed.items()
             if name not in FROM_THE_CORPUS - {"max_seq_length"} and known.get(name) != value
@@ -215,7 +235,7 @@ class PublishedCorpus:
             "steps": [],
             **self.description.get("statistics", {}),
         }
-        (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+        (folder / STATISTICS_NAME).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
 
     def _write_split(self, split: str, path: Path) -> int:

@@ -23,6 +23,7 @@ from .scale_shards import remove_unfinished
 logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m hf_cram.data.scale"
+DAY_SECONDS = 24 * 3600
 FEW_DOCUMENTS = 1000  # for a task
 
 
@@ -45,7 +46,7 @@ def run_plan(plan: ScalePlan, scale: ScaleArguments) -> PreparedCorpus | None:
         if not is_complete(rows):
             raise DataError(f"the rows have not come about, see {plan.folder / 'logs'}")
     for folder in (plan.folder, plan.folder / "tokens"):
-        remove_unfinished(folder)
+        remove_unfinished(folder, DAY_SECONDS)  # another recipe may be at work on the same text
     names = list(plan.arguments.named_sources())
     corpus = open_corpus(rows, plan.arguments.max_seq_length, from_cache=False, source_names=names)
     documents = sum(source["documents"] for source in corpus.statistics["sources"].values())

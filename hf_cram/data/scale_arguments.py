@@ -1,6 +1,6 @@
 """How a recipe is shared among processes and machines."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from .errors import DataError
 from .scale_estimate import EstimateArguments
@@ -18,7 +18,11 @@ class ScaleArguments(EstimateArguments):
         metadata={"help": "Parts of the text, several for each worker: one that is killed begins its part anew."},
     )
     workers: int | None = field(
-        default=None, metadata={"help": "Tasks that run at a time; default: one for each core here, all elsewhere."}
+        default=None,
+        metadata={
+            "help": "Tasks that run at a time; default: one for each core here, all elsewhere, with ray_task_seconds as many "
+            "as the cluster has room for."
+        },
     )
     memory_gb: int = field(default=2, metadata={"help": "Memory that Ray and Slurm keep for each task, GB."})
     rows_memory_gb: int = field(
@@ -46,5 +50,11 @@ class ScaleArguments(EstimateArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"{name} must be at least 1, got {value}")
+        for spec in fields(self):
+            owner = spec.name.partition("_")[0]
+            if owner in ("ray", "slurm") and owner != self.executor and getattr(self, spec.name) != spec.default:
+                raise DataError(
+                    f"{spec.name} is for executor {owner}, and the executor is {self.executor}: set executor"
+                )
         if self.executor == "slurm" and not self.slurm_partition:
             raise DataError("executor slurm needs slurm_partition")

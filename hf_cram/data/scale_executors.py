@@ -1,6 +1,7 @@
 """datatrove's executors for the stages of a plan: on this machine, on a Ray cluster, by Slurm."""
 
 import itertools
+import logging
 import os
 import shutil
 import subprocess
@@ -28,8 +29,18 @@ from .deduplication import choose_bands
 from .errors import DataError
 from .scale_arguments import ScaleArguments
 from .scale_plan import MINHASH_RECALL, ScalePlan
-from .scale_steps import AfterStage, FilterAndTokenize, PrepareText, ReadDocuments, SpacedWords, WriteRows
+from .scale_steps import (
+    AfterStage,
+    FilterAndTokenize,
+    OpenManyFiles,
+    PrepareText,
+    ReadDocuments,
+    SpacedWords,
+    WriteRows,
+)
 from .workers import WorkerKilledError, available_workers, worker_pool
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 
@@ -64,7 +75,12 @@ def make_stages(plan: ScalePlan, arguments: ScaleArguments) -> list[Stage]:
         sign = MinhashDedupSignature(signatures, config, language=SpacedWords())
         stages += [
             Stage("minhash-signatures", [ReadDocuments(plan), sign], plan.tasks, small),
-            Stage("minhash-buckets", [MinhashDedupBuckets(signatures, pairs, config=config)], bands, small),
+            Stage(
+                "minhash-buckets",
+                [OpenManyFiles(), MinhashDedupBuckets(signatures, pairs, config=config)],
+                bands,
+                small,
+            ),
             Stage("minhash-clusters", [MinhashDedupCluster(pairs, clusters, config)], 1, large),
         ]
         tokenize.insert(1, MinhashDedupFilter(clusters))
@@ -72,7 +88,8 @@ def make_stages(plan: ScalePlan, arguments: ScaleArguments) -> list[Stage]:
     rows = f"rows-{plan.rows_stage().key}"
     stages.append(Stage(rows, [WriteRows(plan)], 1, large, always=True))
     for before, stage in itertools.pairwise(stages):
-        stage.steps.insert(0, AfterStage(Path(_logs(plan, before)), before.tasks))
+        if not before.always:  # of those the mark may be an earlier run's
+            stage.steps.insert(0, AfterStage(Path(_logs(plan, before)), before.tasks))
     return stages
 
 
@@ -131,7 +148,9 @@ def run_on_ray(plan: ScalePlan, arguments: ScaleArguments) -> None:
             executor = RayPipelineExecutor(
                 stage.steps,
                 stage.tasks,
-                _workers(stage, arguments),
+                _workers(stage, arguments)
+                if arguments.workers or not arguments.ray_task_seconds
+                else min(stage.tasks, _room(stage, ray.nodes())),
                 logging_dir=logs,
                 skip_completed=not stage.always,
                 mem_per_cpu_gb=stage.memory_gb,
@@ -146,14 +165,27 @@ def run_on_ray(plan: ScalePlan, arguments: ScaleArguments) -> None:
 
 
 def _check_memory(stages: list[Stage], nodes: list[dict[str, Any]]) -> None:
-    """Ray waits for ever for a node that can hold a task."""
-    largest = max((node["Resources"].get("memory", 0.0) for node in nodes if node["Alive"]), default=0.0) / 2**30
+    """Ray waits for ever for a node that can hold a task, unless the cluster grows by itself."""
+    largest = max((_memory_gb(node) for node in nodes if node["Alive"]), default=0.0)
     needed = max(stage.memory_gb for stage in stages)
     if needed > largest:
-        raise DataError(
-            f"tasks are to have {needed} GB, and no node of the Ray cluster offers more than {largest:.1f}: lower memory_gb "
-            "and rows_memory_gb"
-        )
+        logger.warning(
+            "Tasks are to have %d GB, and no node of the Ray cluster offers more than %.1f: unless it grows, lower memory_gb "
+            "and rows_memory_gb",
+            needed, largest,
+        )  # fmt: skip
+
+
+def _memory_gb(node: dict[str, Any]) -> float:
+    return node["Resources"].get("memory", 0.0) / 2**30
+
+
+def _room(stage: Stage, nodes: list[dict[str, Any]]) -> int:
+    """How many tasks the cluster holds at a time. Of more, those that wait would take the room of ones that are ended."""
+    held = (
+        min(node["Resources"].get("CPU", 0.0), _memory_gb(node) // stage.memory_gb) for node in nodes if node["Alive"]
+    )
+    return max(1, int(sum(held)))
 
 
 def _run_with_time(executor: RayPipelineExecutor) -> None:
@@ -192,7 +224,7 @@ def submit_to_slurm(plan: ScalePlan, arguments: ScaleArguments) -> list[str]:
                 qos=arguments.slurm_qos or "",
                 env_command=arguments.slurm_setup or _this_environment(),
                 depends=executors[-1] if executors else None,
-                logging_dir=_begin(plan, stage),
+                logging_dir=_logs(plan, stage),
                 skip_completed=not stage.always,
             )
         )

@@ -188,7 +188,8 @@ def read_position(blocks: Path) -> dict[str, Any] | None:
         position = json.loads((blocks / POSITION_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return position if position.get("blocks") == _sizes(blocks) else None
+    sizes = _sizes(blocks)
+    return position if position.get("blocks", sizes) == sizes else None
 
 
 def _sizes(blocks: Path) -> dict[str, int]:

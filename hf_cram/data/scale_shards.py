@@ -1,9 +1,11 @@
 """What tasks leave on the disk: whole or not at all, and put together again."""
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +40,12 @@ def write_once(folder: Path, write: Callable[[Path], None], is_whole: Callable[[
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes have left of [`write_once`]."""
+def remove_unfinished(folder: Path, min_age_seconds: float) -> None:
+    """Delete what killed processes have left of [`write_once`], where nothing was added to it for so long."""
     for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # it was finished meanwhile
+            if time.time() - leftover.stat().st_mtime >= min_age_seconds:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 class JoinedShards(TokenShards):
@@ -59,10 +63,8 @@ class JoinedShards(TokenShards):
         read: Counter[str] = Counter(documents=0, characters=0)
         for folder in folders:
             part = TokenShards(folder, dtype)
-            if not folder.exists():
-                raise DataError(f"the tokens of a task in {folder} are not there: run the command again")
             if not part.is_finished:
-                raise DataError(f"the tokens of a task in {folder} are damaged: delete {folder.parents[1]}")
+                raise DataError(f"the tokens of a task in {folder} are missing or damaged: delete {folder.parents[1]}")
             self.summaries += part.summaries
             self._places += [(folder, index) for index in range(len(part.summaries))]
             skipped.update(part.summaries[-1].position["skipped"])

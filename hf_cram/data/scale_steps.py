@@ -1,5 +1,6 @@
 """The steps of the pipeline as datatrove's: the same code, on the part of the text that is a task's."""
 
+import contextlib
 import os
 import resource
 from collections.abc import Iterable, Iterator
@@ -27,8 +28,8 @@ def prepare_process() -> None:
 
 class AfterStage(PipelineStep):
     """
-    Lets a task begin only when every task of the stage before has finished: Slurm waits for the last of several job
-    arrays alone, and datatrove takes what is missing for nothing to do.
+    Lets a task begin only when every task of the stage before has finished: of several job arrays Slurm asks the last alone
+    whether it has succeeded, and datatrove takes what is missing for nothing to do.
     """
 
     type = "hf_cram"
@@ -41,18 +42,20 @@ class AfterStage(PipelineStep):
 
     def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> None:
         unfinished = self.tasks - sum(1 for _ in (self.logs / "completions").glob("*"))
-        if unfinished:
+        if unfinished > 0:
             raise DataError(f"{unfinished} tasks of {self.logs.name} have not finished: run the command again")
-        _raise_limit_of_open_files()
 
 
-def _raise_limit_of_open_files() -> None:
-    """datatrove's buckets read the signatures of all tasks at once."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # a system that takes no such number
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+class OpenManyFiles(PipelineStep):
+    """As many open files as the machine allows: datatrove's buckets read the signatures of all tasks at once."""
+
+    type = "hf_cram"
+    name = "open many files"
+
+    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):  # a system that takes no such number
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class PrepareText(PipelineStep):

@@ -107,7 +107,7 @@ class SourceArguments(SourceSettings):
             self.sources = None
         if isinstance(self.sources, str):
             try:
-                self.sources = json.loads(self.sources)
+                self.sources = json.loads(self.sources, object_pairs_hook=_each_once)
             except ValueError as error:
                 raise DataError(f"sources is not valid JSON ({error})") from error
         self.named_sources()
@@ -148,6 +148,14 @@ class SourceArguments(SourceSettings):
     def hub_name_of_all(self) -> str | None:
         """The data set of the Hub that is the whole text, where one is."""
         return next(iter(self.hub_names), None) if len(self.named_sources()) == 1 else None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name = next(name for name, _ in pairs if [key for key, _ in pairs].count(name) > 1)
+        raise ValueError(f"{name!r} stands twice")
+    return values
 
 
 def _is_there(name: str) -> bool:

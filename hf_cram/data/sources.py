@@ -18,11 +18,12 @@ from .cache import cached_entry, hash_of
 from .errors import DataError, SkipReport, TextChangedError
 from .hub_datasets import (
     cache_of_folder,
+    commit_of,
     count_rows,
     fingerprint_folder,
-    fingerprint_hub_dataset,
     list_folder,
     load_hub_dataset,
+    place_of,
     read_hub_dataset,
     warn_of_formats,
 )
@@ -35,6 +36,7 @@ from .text_files import ReadProgress, read_files
 logger = logging.getLogger(__name__)
 
 OF_A_DATASET = ("dataset_config_name", "dataset_data_dir", "dataset_revision")
+SETTINGS_OF_A_DATASET = ("dataset_config_name", "dataset_data_dir", "dataset_split")
 
 
 class _OpenSource:
@@ -66,6 +68,8 @@ class _OpenSource:
         # Where it lies and how it gets here is not what it is.
         places = ("dataset_name", "dataset_revision", "streaming", "train_files")
         choices = {name: value for name, value in asdict(settings).items() if name not in places}
+        if self._dataset is None:  # its settings say nothing then
+            choices |= {name: getattr(MixedSource, name) for name in SETTINGS_OF_A_DATASET}
         self.identity = hash_of(content, choices)
 
     def _load(self, name: str) -> str:
@@ -81,6 +85,9 @@ class _OpenSource:
             self._stamps = stamps_of(files)
             warn_of_formats(self._folder, files)
             content = fingerprint_folder(self._folder)
+        commit = None
+        if content is None and s.streaming:
+            commit = commit_of(place_of(name), s.dataset_revision)
         self._dataset = load_hub_dataset(
             name,
             s.dataset_config_name,
@@ -97,7 +104,9 @@ class _OpenSource:
             # What was copied meanwhile goes by the name of the earlier content.
             shutil.rmtree(cache_of_folder(str(content)), ignore_errors=True)
             raise
-        return content or fingerprint_hub_dataset(self._dataset, name, s.dataset_revision)
+        if commit is not None and commit_of(place_of(name), s.dataset_revision) != commit:
+            raise TextChangedError(f"data set {name!r}: it has changed since this run began: start again")
+        return content or commit or self._dataset._fingerprint
 
     def documents(self, report: SkipReport) -> Iterator[str]:
         """The documents of all passes, in a stable order; only the first pass counts what it skips."""

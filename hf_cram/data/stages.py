@@ -18,19 +18,18 @@ from transformers.utils.logging import is_progress_bar_enabled
 from .cache import cached_entry
 from .errors import DataError, TextChangedError
 from .filtering import DocumentFilter, FilterArguments
-from .ordering import OrderingArguments, order_rows, order_settings
+from .ordering import HISTOGRAM_BINS, OrderingArguments, order_rows, order_settings
 from .packing import pack_rows, token_dtype
 from .source_arguments import SourceArguments
 from .steps import StepRecord, measured_step, read_steps, write_steps
 from .texts import CHARACTERS_FOR_A_TOKEN, FORMAT_VERSION, Place, Text, hash_of
 from .token_shards import SHARD_CHARACTERS, TokenShards, write_token_shards
-from .tokenization import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
+from .tokenization import SMALLEST_VOCABULARY, load_tokenizer, saved_settings, tokenizer_settings, train_tokenizer
 from .tokenizing import TokenizingSettings, plain_text_tokenizer
 from .workers import available_workers
 
 logger = logging.getLogger(__name__)
 
-HISTOGRAM_BINS = 50
 STATISTICS_NAME = "statistics.json"
 
 
@@ -161,7 +160,10 @@ class TokensStage:
     def open(self) -> tuple[TokenShards, list[StepRecord]]:
         """The shards, made where they are missing, and what they cost."""
         entry, _ = cached_entry(self._entry, self._write, self.place.overwrite, self._remove_unfinished)
-        return TokenShards(entry / "shards", self._settings.dtype), read_steps(entry)
+        shards = TokenShards(entry / "shards", self._settings.dtype)
+        if not shards.is_finished:
+            raise DataError(f"{entry}: its shards are damaged: delete it, or set overwrite_cache")
+        return shards, read_steps(entry)
 
     @property
     def _entry(self) -> Path:
@@ -244,7 +246,13 @@ class RowsStage:
     @cached_property
     def key(self) -> str:
         order = None if self.ordering.row_order == "none" else tuple(order_settings(self.ordering).values())
-        return hash_of(FORMAT_VERSION, self.tokens.key, self.packing.max_seq_length, self.packing.eval_rows, order)
+        key = hash_of(FORMAT_VERSION, self.tokens.key, self.packing.max_seq_length, self.packing.eval_rows, order)
+        if self.packing.tokenizer_name is None:
+            return key
+        # The tokens' key knows what decides the tokens; beside the rows lie an existing tokenizer's other settings too.
+        settings = tokenizer_settings(self.tokens.tokenizer.tokenizer)
+        beside = saved_settings(self.place.cache / "corpora" / key / "tokenizer")
+        return key if beside in (None, settings) else hash_of(key, sorted(settings.items()))
 
     def open(self) -> tuple[Path, bool]:
         """

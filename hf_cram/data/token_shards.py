@@ -83,7 +83,7 @@ class TokenShards:
         try:
             summary = ShardSummary(**json.loads(self._path(index, ".json").read_text(encoding="utf-8")))
             sizes = [self._path(index, suffix).stat().st_size for suffix in (".tokens", ".documents")]
-        except (OSError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError):
             return None
         expected = [summary.tokens * self.dtype.itemsize, summary.documents * DOCUMENT_RECORD.itemsize]
         summary.samples = {}

@@ -1,9 +1,12 @@
 """Train a WordPiece tokenizer, or load any other."""
 
+import json
 import logging
 import string
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -20,6 +23,7 @@ SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 CONTINUATION = "##"
+LOADING_KEYS = ("is_local", "local_files_only", "name_or_path")
 NON_ASCII = r"[^\x00-\x7f]"
 WORD_CHARACTERS = string.ascii_lowercase + string.digits
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(WORD_CHARACTERS) * 2 + len(string.punctuation)
@@ -109,11 +113,13 @@ def _count_letters(text: str) -> int:
     return sum(map(str.isalpha, text))
 
 
-def read_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def read_tokenizer(
+    name_or_path: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Any tokenizer, of a folder or of the Hub. Raises [`DataError`] where its files are missing or damaged."""
     name = str(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # what tokenizers raises for a damaged file is of no narrower class
         cause = first_line(error)
         if isinstance(error, ImportError):
@@ -127,6 +133,22 @@ def read_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < SMALLEST_ALPHABET:
         raise DataError(f"tokenizer {name!r} cannot be loaded: its vocabulary is empty, or the file of it is missing")
     return tokenizer
+
+
+def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `save_pretrained` writes of a tokenizer beside its vocabulary, without how it was loaded here."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return saved_settings(Path(folder)) or {}
+
+
+def saved_settings(folder: Path) -> dict[str, Any] | None:
+    """[`tokenizer_settings`] of the tokenizer in a folder, `None` where there is none."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return {name: value for name, value in settings.items() if name not in LOADING_KEYS}
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:

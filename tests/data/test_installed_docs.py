@@ -141,14 +141,22 @@ def test_attributes_and_help_texts(tmp_path):
     ]
 
 
-def test_the_folder_of_the_program_is_no_place_of_packages(tmp_path, monkeypatch):
-    before = installed_docs._installed_paths()
-    assert before
-    (tmp_path / "mine-1.0.dist-info").mkdir()
-    (tmp_path / "mine-1.0.dist-info" / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert installed_docs._installed_paths() == before
-    assert "mine" not in [name for name, _ in source_files()]
+def test_a_checkout_is_no_installed_package(tmp_path, monkeypatch):
+    """It is on the path or not by where a program was started: the text would be another one."""
+    (tmp_path / "checkout" / "mine.egg-info").mkdir(parents=True)
+    (tmp_path / "checkout" / "mine.egg-info" / "PKG-INFO").write_text("Name: mine\nVersion: 1.0\n")
+    (tmp_path / "checkout" / "mine.egg-info" / "SOURCES.txt").write_text("mine.py\n")
+    (tmp_path / "installed" / "mine-1.0.dist-info").mkdir(parents=True)
+    (tmp_path / "installed" / "mine-1.0.dist-info" / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+    (tmp_path / "installed" / "mine-1.0.dist-info" / "RECORD").write_text("mine.py,,\n")
+    for folder in ("installed", "checkout"):
+        (tmp_path / folder / "mine.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    before = fingerprint_installed()
+    assert ("mine", tmp_path / "installed" / "mine.py") in source_files()
+    monkeypatch.syspath_prepend(tmp_path / "checkout")
+    assert ("mine", tmp_path / "installed" / "mine.py") in source_files()
+    assert fingerprint_installed() == before
 
 
 def test_pythons_own_library_is_read_without_what_lies_in_it(tmp_path, monkeypatch):

@@ -212,6 +212,10 @@ def test_settings_of_all_hold_where_a_source_has_none(tmp_path):
     ("sources", "message"),
     [
         ("{a: 1", "sources is not valid JSON"),
+        (
+            '{"a": {"train_files": ["b"]}, "a": {"train_files": ["c"]}}',
+            r"sources is not valid JSON ('a' stands twice",
+        ),
         ([], "sources must map names"),
         ({}, "sources must map names"),
         ({"a": "b.txt"}, "source 'a' must be 'field: value' pairs, got 'b.txt'"),

@@ -105,6 +105,37 @@ def test_existing_tokenizer(tmp_path, text):
     assert np.array_equal(corpus.train_dataset.rows, trained.train_dataset.rows)
 
 
+def test_an_edited_configuration_of_a_tokenizer_is_beside_the_rows(tmp_path, text, monkeypatch):
+    prepare_corpus(arguments(tmp_path, text)).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with_it = arguments(tmp_path, text, tokenizer_name=str(tmp_path / "tokenizer"))
+    first = prepare_corpus(with_it)
+    assert prepare_corpus(with_it).from_cache
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    original = path.read_text()
+    path.write_text(json.dumps({**json.loads(original), "padding_side": "left"}))
+    monkeypatch.setattr(stages, "write_token_shards", lambda *args, **kwargs: pytest.fail("tokenized again"))
+    second = prepare_corpus(with_it)
+    assert second.tokenizer.padding_side == "left"
+    assert np.array_equal(second.train_dataset.rows, first.train_dataset.rows)
+    assert prepare_corpus(with_it).directory == second.directory
+    path.write_text(original)
+    assert prepare_corpus(with_it).directory == first.directory
+
+
+def test_a_damaged_shard_is_no_end_of_the_text(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(token_shards, "SHARD_CHARACTERS", 3000)
+    monkeypatch.setattr(token_shards, "BATCH_CHARACTERS", 1000)
+    corpus = prepare_corpus(arguments(tmp_path, text))
+    (shards,) = (tmp_path / "cache" / "tokens").glob("*/shards")
+    assert len(list(shards.glob("*.json"))) > 2
+    summary = shards / "shard-00001.json"
+    summary.write_text("x" * summary.stat().st_size)
+    shutil.rmtree(corpus.directory)
+    with pytest.raises(DataError, match="its shards are damaged: delete it"):
+        prepare_corpus(arguments(tmp_path, text))
+    assert not corpus.directory.exists()
+
+
 def test_damaged_entries_are_built_anew(tmp_path, text):
     corpus = prepare_corpus(arguments(tmp_path, text))
     rows = corpus.train_dataset.rows.copy()

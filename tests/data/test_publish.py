@@ -79,6 +79,10 @@ def load(name, target, revision=None):
     corpus.write(Path(target))
     return corpus.max_seq_length
 
+def download_none(name):
+    published._download = lambda *_: exit("all of it is downloaded")
+    return published.find_published_corpus(name)
+
 def rows(name, target):
     import numpy
     for split, dataset in datasets.load_dataset(name).items():
@@ -506,6 +510,17 @@ def test_text_is_no_corpus(call, server, tmp_path):
     assert call("load", "me/absent", tmp_path / "target") == "no corpus"
 
 
+def test_rows_without_a_tokenizer_are_refused_before_they_are_downloaded(call, server, tmp_path):
+    Dataset.from_dict({"input_ids": [[1, 2]]}).to_parquet(tmp_path / "train.parquet")
+    repository = server.repositories["datasets/me/tokenized"] = Repository()
+    repository.commit({"train.parquet": (tmp_path / "train.parquet").read_bytes()}, "rows")
+    error = call("download_none", "me/tokenized")
+    assert (
+        error
+        == "data set 'me/tokenized': its rows have no tokenizer beside them (tokenizer/tokenizer.json): add that of the rows"
+    )
+
+
 @pytest.mark.parametrize("content", ['{"id": 1}\n{"id": 2}\n', "[]", '{"documents": []}'])
 def test_a_text_may_have_a_corpus_json_of_its_own(tmp_path, content):
     Dataset.from_dict({"text": ["a boat"]}).to_parquet(tmp_path / "train.parquet")
@@ -668,10 +683,14 @@ def test_an_order_asked_for_is_the_whole_of_it(arguments, tmp_path):
         if "row_order_seed" in asked:
             with pytest.raises(DataError, match=told):
                 published.check_arguments(DataArguments(dataset_name=str(folder)), ["row_order_seed"])
-    idle = replace(arguments, row_order="none", row_order_seed=7)  # the seed of no order
-    export_corpus(prepare_corpus(idle), tmp_path / "idle", settings=row_settings(idle))
-    same = replace(idle, train_files=None, dataset_name=str(tmp_path / "idle"))
-    find_published_corpus(str(tmp_path / "idle")).check_arguments(same)
+    for row_order in ("none", "unigram"):
+        idle = replace(arguments, row_order=row_order, row_order_seed=7)  # the seed of an order that draws nothing
+        corpus = prepare_corpus(idle)
+        assert prepare_corpus(replace(idle, row_order_seed=0)).directory == corpus.directory
+        folder = tmp_path / row_order
+        export_corpus(corpus, folder, settings=row_settings(idle))
+        same = replace(idle, train_files=None, dataset_name=str(folder))
+        find_published_corpus(str(folder)).check_arguments(same)
 
 
 def test_a_name_that_cannot_be_is_known_before_the_work():

@@ -16,6 +16,7 @@ import pytest
 import zstandard
 from conftest import REPOSITORY
 from datasets import IterableDataset
+from httpx2 import TimeoutException
 
 from hf_cram.data import steps
 from hf_cram.data.errors import DataError, SkipReport
@@ -156,6 +157,10 @@ def test_what_is_closed_to_us_is_one_line_and_not_left_out(closed_folder):
         (closed_folder / "secret.txt", r"secret\.txt"),
         (closed_folder / "closed" / "secret.txt", "secret.txt"),
         (closed_folder, "closed"),
+        (closed_folder / "**" / "*.txt", "closed"),
+        (closed_folder / "**", "closed"),
+        (closed_folder / "*" / "*.txt", "closed"),
+        (closed_folder / "*" / "secret.txt", "closed/secret.txt"),
     ):
         with pytest.raises(DataError, match=rf"{fault}: cannot be read \(Permission denied\)"):
             read(path)
@@ -561,24 +566,53 @@ def test_a_copy_of_text_that_changed_while_it_was_copied_is_not_kept(tmp_path, m
 
 
 def test_text_of_the_hub_is_known_by_its_revision(monkeypatch):
-    """Streamed: by the commit. Another revision, or another data set, is another text."""
+    """Streamed: by the commit, asked for before and after it is opened. Another revision or data set is another text."""
     stream = IterableDataset.from_generator(lambda: iter([{"text": "A document."}]))
-    asked = []
+    opened, asked = [], []
 
     def load(name, config, **options):
-        asked.append((name, config, options["revision"]))
+        opened.append((name, config, options["revision"]))
         return stream
 
-    def look_up(self, name, revision=None):
+    def look_up(self, name, revision=None, timeout=None):
+        asked.append(name)
+        if len(asked) == 1:
+            raise TimeoutException("no answer")
         return SimpleNamespace(sha=f"{name} at {revision}")
 
     monkeypatch.setattr("datasets.load_dataset", load)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", look_up)
+    monkeypatch.setattr("hf_cram.data.hub_datasets.RETRY_SECONDS", (0.01,))
     identities = {
         TextSource(
             SourceArguments(dataset_name=name, dataset_revision=revision, streaming=True), Path("unused")
         ).identity
         for name, revision in (("a/b", None), ("a/b", "v1"), ("a/c", None))
     }
-    assert asked == [("a/b", None, None), ("a/b", None, "v1"), ("a/c", None, None)]
+    assert opened == [("a/b", None, None), ("a/b", None, "v1"), ("a/c", None, None)]
     assert len(identities) == 3
+    assert asked == ["a/b"] * 3 + ["a/b"] * 2 + ["a/c"] * 2  # before and after, and once in vain
+    answers = iter(("one commit", "another"))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: SimpleNamespace(sha=next(answers)))
+    with pytest.raises(DataError, match="data set 'a/b': it has changed since this run began"):
+        TextSource(SourceArguments(dataset_name="a/b", streaming=True), Path("unused"))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: never_answered())
+    with pytest.raises(DataError, match="data set 'a/b' cannot be loaded: the Hub cannot be reached"):
+        TextSource(SourceArguments(dataset_name="a/b", streaming=True), Path("unused"))
+
+
+def never_answered():
+    raise TimeoutException("no answer")
+
+
+def test_what_is_of_a_data_set_does_not_change_the_text_of_files(tmp_path):
+    (tmp_path / "a.txt").write_text("A document.")
+    alone = {"train_files": [str(tmp_path / "a.txt")]}
+    left_over = {
+        "dataset_config_name": "en",
+        "dataset_split": "all",
+        "dataset_revision": "v1",
+        "dataset_data_dir": "x",
+    }
+    identities = {TextSource(SourceArguments(**alone, **more), tmp_path).identity for more in ({}, left_over)}
+    assert len(identities) == 1
