@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .fine_tuning_args import EncoderArguments
 from .glue import GlueError
 from .glue_data import TaskData
 from .hardware import is_out_of_memory
-from .model_files import LOADING_ERRORS, content_of, hash_of
+from .model_files import LOADING_ERRORS, content_of, has_file, hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,21 @@ PADDING_MULTIPLE = 8
 def fingerprint(encoder: EncoderArguments) -> str:
     """A hash of what is fine-tuned: the settings of the encoder, and the model as in [`name_model`]."""
     settings = asdict(encoder)
-    del settings["trust_remote_code"], settings["model_name_or_path"]
-    origin, files = content_of(encoder.model_name_or_path)
+    del settings["trust_remote_code"], settings["model_name_or_path"], settings["model_revision"]
+    origin, files = content_of(encoder.model_name_or_path, encoder.model_revision)
     return hash_of({**settings, **origin}, files)
+
+
+def pin(encoder: EncoderArguments) -> EncoderArguments:
+    """The encoder at the commit that its revision names now: a model of the Hub may change while it is scored."""
+    name, revision = encoder.model_name_or_path, encoder.model_revision
+    try:
+        commit = content_of(name, revision)[0].get("commit")
+        is_adapter = commit is not None and has_file(name, "adapter_config.json", commit)
+    except LOADING_ERRORS:
+        return encoder  # what loads it first says why
+    # Of an adapter the model is in another repository, whose commits are others.
+    return encoder if commit is None or is_adapter else replace(encoder, model_revision=commit)
 
 
 def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:
@@ -42,7 +54,7 @@ def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:
     config = load_config(encoder).to_dict()
     has_segments = config.get("classifier_pooling") == "segments" or (config.get("type_vocab_size") or 0) > 1
     try:
-        tokenizer = read_tokenizer(encoder.model_name_or_path, encoder.trust_remote_code)
+        tokenizer = read_tokenizer(encoder.model_name_or_path, encoder.trust_remote_code, encoder.model_revision)
     except DataError as error:
         raise GlueError(f"model_name_or_path: {error}") from error
     if tokenizer.pad_token is None:
@@ -57,7 +69,10 @@ def load_config(encoder: EncoderArguments, **kwargs: Any) -> Any:
     """The checkpoint's configuration with the encoder's dropout and pooling. Raises [`GlueError`]."""
     try:
         config = AutoConfig.from_pretrained(
-            encoder.model_name_or_path, trust_remote_code=encoder.trust_remote_code, **kwargs
+            encoder.model_name_or_path,
+            revision=encoder.model_revision,
+            trust_remote_code=encoder.trust_remote_code,
+            **kwargs,
         )
     except LOADING_ERRORS as error:
         raise GlueError(
@@ -101,6 +116,7 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
             )
         model, info = AutoModelForSequenceClassification.from_pretrained(
             encoder.model_name_or_path,
+            revision=encoder.model_revision,
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
@@ -115,7 +131,7 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
         ) from error
     encoder_prefix = f"{model.base_model_prefix}."
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-        renew_head(model, encoder_prefix, encoder.trust_remote_code)
+        renew_head(model, encoder_prefix)
     if misshapen := [name for name, *_ in info["mismatched_keys"] if name.startswith(encoder_prefix)]:
         raise GlueError(
             f"model_name_or_path: {len(misshapen)} weights of {encoder.model_name_or_path} do not have the shapes that "
@@ -131,11 +147,9 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
 
 
 @torch.no_grad()
-def renew_head(model: PreTrainedModel, encoder_prefix: str, trust_remote_code: bool) -> None:
+def renew_head(model: PreTrainedModel, encoder_prefix: str) -> None:
     """Put random weights in the place of those that the head has learned on another task."""
-    fresh = AutoModelForSequenceClassification.from_config(
-        model.config, dtype=torch.float32, trust_remote_code=trust_remote_code
-    ).state_dict()
+    fresh = type(model)._from_config(model.config, dtype=torch.float32).state_dict()
     for name, tensor in model.state_dict().items():
         if not name.startswith(encoder_prefix):
             tensor.copy_(fresh[name])

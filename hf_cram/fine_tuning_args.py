@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class EncoderArguments:
     """Which checkpoint is fine-tuned, and how its head is put on."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub repository that AutoModel loads."})
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model of the Hub; default: main."}
+    )
     from_scratch: bool = field(
         default=False, metadata={"help": "Random weights of the same shape: the baseline without pretraining."}
     )
@@ -59,6 +63,10 @@ class EncoderArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.model_revision is not None and Path(self.model_name_or_path).is_dir():
+            raise ValueError(
+                f"model_revision is of a model of the Hub, and {self.model_name_or_path} is a folder: leave it out"
+            )
         if self.max_seq_length < 8:
             raise ValueError(f"max_seq_length must be at least 8 tokens, got {self.max_seq_length}")
 

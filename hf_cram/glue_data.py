@@ -3,6 +3,7 @@
 import glob
 import math
 import re
+import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from .data.errors import first_line
-from .data.hub_datasets import reading_errors
+from .data.errors import TextChangedError, first_line
+from .data.hub_datasets import cache_of_folder, reading_errors
+from .data.sources import check_stamps, stamps_of
 from .glue import COLUMNS, TASKS, GlueError, Task, cause_of
+from .model_files import hash_of
 
 GLUE_NAME = "nyu-mll/glue"
 DIAGNOSTIC = "ax"  # predicted by the model of MNLI, and part of a submission
@@ -76,9 +79,18 @@ def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
 
 def _read(kind: str, paths: Sequence[str], place: str) -> Dataset:
     """The rows of files. Raises [`GlueError`], naming the `place`, where they cannot be read or are none."""
+    stamps = stamps_of(map(Path, paths))
     try:
+        # The library's own place goes by the files' names and times, and would hand out what others held.
+        cache_dir = cache_of_folder(hash_of(kind, list(stamps)))
         files = [glob.escape(path) for path in paths]  # the library takes names for patterns
-        return load_dataset(kind, data_files=files, split="train", **READING.get(kind, {}))
+        rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **READING.get(kind, {}))
+        try:
+            check_stamps(stamps)
+        except TextChangedError:
+            shutil.rmtree(cache_dir, ignore_errors=True)
+            raise
+        return rows
     except (DatasetsError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):
             raise GlueError(f"{place} holds no rows") from error

@@ -97,18 +97,14 @@ def headline_entry(results: Mapping[str, Any], column: str, headline: str) -> di
 
 
 def is_fuller(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
-    """Whether earlier results of the same weights are of more columns, more seeds, or more training examples."""
-    if not earlier or earlier.get("model_id", results["model_id"]) != results["model_id"]:
+    """Whether earlier results of the same weights tell more: of other columns or seeds, or of more training examples."""
+    models = {told["model_id"] for told in (earlier, results) if "model_id" in told}
+    if not earlier or len(models) > 1:
         return False
-    sizes = [
-        (
-            len(told.get("tasks") or ()),
-            len(told.get("seeds") or ()),
-            (told.get("setting") or {}).get("max_train_samples") or math.inf,
-        )
-        for told in (earlier, results)
-    ]
-    return any(had > has for had, has in zip(*sizes, strict=True))
+    if any(set(earlier.get(name) or ()) - set(results.get(name) or ()) for name in ("tasks", "seeds")):
+        return True
+    had, has = ((told.get("setting") or {}).get("max_train_samples") or math.inf for told in (earlier, results))
+    return had > has
 
 
 def draw_chart(results: Mapping[str, Any], tasks: Sequence[Task], name: str, path: Path) -> None:

@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from tqdm import tqdm
 
-from .classifier import fingerprint, load_tokenizer, longest_example
+from .classifier import fingerprint, load_tokenizer, longest_example, pin
+from .data.sources import check_stamps, stamps_of
 from .files import can_make, flush_to_disk, write_json_atomically
 from .fine_tuning import FineTuner
 from .fine_tuning_args import EncoderArguments, FineTuningArguments
@@ -49,11 +50,12 @@ from .model_card import (
     CARD_NAME,
     ModelCardError,
     build_fine_tuned_card,
+    forget_own_data,
     read_card_metadata,
     save_model_card,
     update_model_card,
 )
-from .model_files import hash_of, name_model
+from .model_files import content_of, hash_of, name_model
 from .output_folder import first_free
 
 logger = logging.getLogger(__name__)
@@ -158,14 +160,16 @@ class GlueRun:
         args: FineTuningArguments,
         card_metadata: Mapping[str, str | None] | None = None,
     ):
-        self.encoder, self.glue, self.card_metadata = encoder, glue, dict(card_metadata or {})
+        self.encoder = encoder = broadcast_object_list([pin(encoder)])[0]  # it may change between two processes
+        self.glue, self.card_metadata = glue, dict(card_metadata or {})
         self.is_main = args.process_index == 0
         self.tokenizer = load_tokenizer(encoder)
+        self._model_files = stamps_of(content_of(encoder.model_name_or_path, encoder.model_revision)[1])
         self.own_data = self._load_own_data() if glue.uses_own_data else None
         endings = [self.own_data.task.name] if self.own_data else []
         endings += [Path(glue.metric).stem] if glue.metric else []
         self.output_dir = output_folder(encoder, args.output_dir, endings)
-        self.model_id = name_model(encoder.model_name_or_path, encoder.from_scratch)
+        self.model_id = name_model(encoder.model_name_or_path, encoder.from_scratch, encoder.model_revision)
         self._check_output_dir(endings, args.output_dir in (None, "", DEFAULT_OUTPUT_DIR))
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
         # What is wrong with the last task shall be known before the first is trained.
@@ -357,6 +361,7 @@ class GlueRun:
         if tuner.args.save_strategy != "no":  # with room to delete them, away from a pretraining run's
             working_folder = self.output_dir / "checkpoints" / setting_id / f"{task.name}.seed-{seed}"
         result = tuner.run(encoded, seed, score, advance, staging if kept_as else None, working_folder)
+        check_stamps(self._model_files)  # else these are not the scores of the model that they would go by
         if self.is_main:
             if kept_as is not None:
                 write_json_atomically(staging / KEPT_NAME, {"model_id": self.model_id, **kept_as})
@@ -370,6 +375,7 @@ class GlueRun:
                 elif folder.exists():
                     if (folder / CARD_NAME).is_file():  # which a person may have written in
                         shutil.copyfile(folder / CARD_NAME, staging / CARD_NAME)
+                        forget_own_data(staging)
                     shutil.rmtree(folder)
                 staging.rename(folder)
             for name, outputs in result.test_outputs.items():
@@ -418,12 +424,7 @@ class GlueRun:
         """Write `glue_results.json`, the chart and, where there are test splits, the submission."""
         folder = self.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        if is_fuller(read_object(folder / RESULTS_NAME), results):
-            earlier = first_free(folder / RESULTS_NAME)
-            (folder / RESULTS_NAME).rename(earlier)
-            logger.warning(
-                "The results of more columns, seeds or training examples in %s were moved to %s", folder, earlier.name
-            )
+        self._make_way(folder, results)
         write_json_atomically(folder / RESULTS_NAME, results)
         name = self.model_name + (" from scratch" if self.encoder.from_scratch else "")
         if self.glue.metric is None:
@@ -449,6 +450,17 @@ class GlueRun:
             earlier.rename(first_free(earlier))
         self._share_with_model(results)
 
+    def _make_way(self, folder: Path, results: dict[str, Any]) -> None:
+        """Move earlier results aside that tell of something which the new ones do not."""
+        if is_fuller(read_object(folder / RESULTS_NAME), results):
+            earlier = first_free(folder / RESULTS_NAME)
+            (folder / RESULTS_NAME).rename(earlier)
+            logger.warning(
+                "The earlier results in %s, of other tasks, seeds or examples too, were moved to %s",
+                folder,
+                earlier.name,
+            )
+
     def _prediction_path(self, setting_id: str, task: Task, file_name: str, seed: int) -> Path:
         return prediction_path(self.output_dir, setting_id, self.data_ids[task.name], file_name, seed)
 
@@ -472,7 +484,8 @@ class GlueRun:
         folder = self.shared_folder
         if folder is None:
             return
-        if is_fuller(read_object(folder / RESULTS_NAME), results):
+        earlier = read_object(folder / RESULTS_NAME)
+        if is_fuller(earlier, results) and not is_fuller(results, earlier):
             logger.warning(
                 "The results are in %s alone: those in %s are of more columns, seeds or training examples, and stay",
                 self.output_dir, folder,
@@ -483,6 +496,7 @@ class GlueRun:
             if not update_model_card(folder, told, metadata=self.card_metadata) and self.own_data is not None:
                 save_model_card(self._build_card(told), folder)
             if folder.resolve() != self.output_dir.resolve():
+                self._make_way(folder, results)
                 for name in (RESULTS_NAME, *([] if told is None else [CHART_NAME])):
                     shutil.copyfile(self.output_dir / name, folder / name)
         except (OSError, ModelCardError) as error:

@@ -24,7 +24,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, with_retries
+from .hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, first_line, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -259,8 +259,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = HubTarget(options.hub_model_id or options.folder.resolve().name, options.private, options.hub_revision)
     try:
         print(push_folder(options.folder, target))
+    except KeyboardInterrupt:
+        print("hf_cram.hub: stopped; the same command pushes it again", file=sys.stderr)
+        sys.exit(130)
     except HubError as error:
         sys.exit(f"hf_cram.hub: error: {error}")
+    except OSError as error:
+        sys.exit(f"hf_cram.hub: error: {error.filename or options.folder}: {error.strerror or first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -183,6 +183,17 @@ def update_model_card(
     return True
 
 
+def forget_own_data(folder: Path) -> None:
+    """Take the scores on own data out of the card in `folder`, where it can be read: they are those of other weights."""
+    try:
+        card = _read_card(folder / CARD_NAME)
+    except ModelCardError:
+        return
+    card.data["eval_results"] = None
+    card.text = _replace_section(card.text, OWN_DATA_SECTION, "")
+    save_model_card(card, folder)
+
+
 def read_card_metadata(folder: str | Path) -> dict[str, str | None]:
     """`language` and `license` by the card in a model's folder; empty where there is none that can be read."""
     try:
@@ -258,26 +269,29 @@ def glue_section(results: Mapping[str, Any]) -> str:
     """GLUE beside the paper's rows, and every metric with its seeds, as markdown."""
     scores = _headline_scores(results)
     limit = _limit(results)
+    seeds = len(results["seeds"])
+    note = f"Development sets, per cent, medians of {seeds} seed{'s' if seeds > 1 else ''}; WNLI is not averaged."
+    shared = [column for column in GLUE_COLUMNS if column in scores]
+    if not shared:  # WNLI alone
+        trained = f" Fine-tuned on {limit}." if limit else ""
+        return f"## GLUE\n\n{note}{trained}\n\n{_metrics_table(results)}\n"
     rows = {
         "this model" + (f", {limit}" if limit else ""): scores,
         **{name: PAPER_GLUE_ROWS[name] for name in COMPARED_ROWS},
     }
-    shared = [column for column in GLUE_COLUMNS if column in scores]
     is_whole = len(shared) == len(GLUE_COLUMNS) and not limit
-    averages = ["GLUE", *([] if is_whole or not shared else [f"mean of {len(shared)}"])]
+    averages = ["GLUE"] if is_whole else ["GLUE", f"mean of {len(shared)}"]
     lines = []
     for name, row in rows.items():
         cells = [f"{row[column]:.1f}" if column in row else "" for column in GLUE_COLUMNS]
-        mean = f"{statistics.fmean(row[column] for column in shared):.1f}" if shared else ""
+        mean = f"{statistics.fmean(row[column] for column in shared):.1f}"
         # The recorded averages of the paper, over all nine columns.
         whole = f"{row['average']:.1f}" if "average" in row else mean if is_whole else ""
-        lines.append([name, *cells, whole, *([mean] if len(averages) > 1 else [])])
+        lines.append([name, *cells, whole, *([] if is_whole else [mean])])
     missing = ", ".join(title for column, title in GLUE_COLUMNS.items() if column not in scores)
-    seeds = len(results["seeds"])
-    notes = [f"Development sets, per cent, medians of {seeds} seed{'s' if seeds > 1 else ''}; WNLI is not averaged."]
+    notes = [note]
     if missing:
-        means = "; the last column is every row's mean over the columns that were" if shared else ""
-        notes.append(f"Not run: {missing}{means}.")
+        notes.append(f"Not run: {missing}; the last column is every row's mean over the columns that were.")
     notes.append("The other rows are the paper's (arXiv 2212.14034), medians of 5.")
     if limit:
         notes.append(f"This model was fine-tuned on {limit}, theirs on all: the rows do not compare like with like.")

@@ -23,22 +23,29 @@ LOADING_ERRORS = (
 )  # fmt: skip
 
 
-def name_model(name_or_path: str, from_scratch: bool = False) -> str:
+def name_model(name_or_path: str, from_scratch: bool = False, revision: str | None = None) -> str:
     """
     A hash of the model, or of what it is built like from scratch: the name and commit on the Hub or, of a local folder,
     the content of config, weights and tokenizer.
     """
-    origin, files = content_of(name_or_path)
+    origin, files = content_of(name_or_path, revision)
     return hash_of({"from_scratch": from_scratch, **origin}, files)
 
 
-def content_of(name_or_path: str) -> tuple[dict[str, Any], list[Path]]:
+def content_of(name_or_path: str, revision: str | None = None) -> tuple[dict[str, Any], list[Path]]:
     """Where a model of the Hub comes from, or the files that make a local one."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return {}, sorted({file for pattern in HASHED_FILES for file in folder.glob(pattern) if file.is_file()})
-    config_file = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
+    config_file = cached_file(
+        name_or_path, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     return {"model_name_or_path": name_or_path, "commit": extract_commit_hash(config_file, None)}, []
+
+
+def has_file(name: str, file: str, revision: str | None) -> bool:
+    """Whether a model of the Hub has a file at a revision, as far as can be told from here."""
+    return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:

@@ -20,11 +20,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, SHARED, VOCAB_SIZE
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, Trainer, pipeline
 
 import run_glue
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
-from hf_cram.classifier import build_classifier, fingerprint, load_tokenizer, set_dropout
+from hf_cram.classifier import build_classifier, fingerprint, load_tokenizer, pin, set_dropout
 from hf_cram.fine_tuning import parameter_groups
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
 from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics, load_metric
@@ -441,9 +442,23 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     assert "My notes." in text
     results = results_of(out)
     assert f"| {results['tasks']['news']['accuracy']['median']:.1f} |" in text
+    # Of another metric, whose unit nobody knows, no scores take the place of those of the earlier weights.
+    (tmp_path / "hits.py").write_text(HITS)
+    run(monkeypatch, *arguments, "--learning_rate", "1e-3", "--metric", tmp_path / "hits.py")
+    text = (out / "news" / "README.md").read_text()
+    assert "My notes." in text
+    assert "accuracy" not in text
     (predictions,) = (out / "predictions" / results["setting_id"]).rglob("news.seed-1.tsv")
     predictions = predictions.read_text().splitlines()
     assert {line.split("\t")[1] for line in predictions[1:]} <= {"culture", "sport"}
+
+
+def test_other_content_of_a_file_of_the_same_time_is_read(tmp_path):
+    path = tmp_path / "train.csv"
+    for text in ("the first", "the other"):
+        path.write_text(f"text,label\n{text},0\nb,1\n")
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        assert load_own_task(str(path), str(path)).train["text"][0] == text
 
 
 def test_floats_make_a_regression(tmp_path):
@@ -688,6 +703,11 @@ def test_a_smaller_run_elsewhere_leaves_a_models_fuller_results(
     assert f"those in {model_folder} are of more columns, seeds or training examples, and stay" in caplog.text
     run(monkeypatch, *arguments, "--seeds", "3")
     assert results_of(model_folder)["seeds"] == [1, 2, 3]
+    # Neither tells all that the other does: the new ones count, and the earlier ones stay readable.
+    other = [part if part != "wnli" else "sst2" for part in arguments]
+    run(monkeypatch, *other, "--seeds", "1")
+    assert list(results_of(model_folder)["tasks"]) == ["sst2"]
+    assert json.loads((model_folder / "glue_results.json-1").read_text())["seeds"] == [1, 2, 3]
 
 
 def test_fuller_results_in_the_models_own_folder_are_moved_aside(monkeypatch, caplog, glue_data, model_folder):
@@ -708,7 +728,9 @@ def test_fuller_results_in_the_models_own_folder_are_moved_aside(monkeypatch, ca
         ({}, False),
         ({"tasks": {"sst2": {}}}, False),
         ({"tasks": {"sst2": {}, "rte": {}, "cola": {}}}, True),
+        ({"tasks": {"sst2": {}, "cola": {}}}, True),
         ({"seeds": [1, 2, 3]}, True),
+        ({"seeds": [3, 4]}, True),
         ({"seeds": [1, 2, 3], "model_id": "other weights"}, False),
         ({"setting": {"max_train_samples": None}}, True),
         ({"setting": {"max_train_samples": 8}}, False),
@@ -1020,7 +1042,7 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--eval_delay", "2", "eval_delay has no place here"),
         ("--save_strategy", "best", "save_strategy best has no place here"),
         ("--model_license", "MIT license", "model_license must be an identifier of the Hub"),
-        ("--language", "German", "language must be a code such as de"),
+        ("--language", "German", "language must be a code of two or three letters such as de"),
         ("--enable_jit_checkpoint", "true", "enable_jit_checkpoint would score what a signal has stopped half-way"),
         ("--language", "de", "language is for the card of a model of your own data"),
         ("--prediction_loss_only", "true", "prediction_loss_only would leave no predictions to score"),
@@ -1267,6 +1289,46 @@ def test_another_commit_on_the_hub_is_another_encoder(monkeypatch, tmp_path, mod
     first, second = fingerprint_at(40 * "a"), fingerprint_at(40 * "b")
     assert first != second
     assert first == fingerprint_at(40 * "a")
+    assert fingerprint(EncoderArguments("me/crammed", 40 * "b")) == second
+
+
+def test_a_model_that_changes_on_the_hub_stays_the_one_of_its_scores(monkeypatch, tmp_path, model_folder, glue_data):
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--crammed"
+    for commit in ("a", "b"):
+        shutil.copytree(model_folder, repository / "snapshots" / (40 * commit))
+    weights = load_file(model_folder / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()},
+        repository / "snapshots" / (40 * "b") / "model.safetensors",
+    )
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(40 * "a")
+    (repository / "snapshots" / (40 * "b") / "adapter_config.json").write_text("{}")
+    assert pin(EncoderArguments("me/crammed", 40 * "b")).model_revision == 40 * "b"
+    (repository / "refs" / "main").write_text(40 * "b")
+    assert pin(EncoderArguments("me/crammed")).model_revision is None  # the commits of its base model are others
+    (repository / "snapshots" / (40 * "b") / "adapter_config.json").unlink()
+    (repository / "refs" / "main").write_text(40 * "a")
+    run_a, _ = prepared("me/crammed", tmp_path, glue_data=str(glue_data), tasks="sst2")
+    (repository / "refs" / "main").write_text(40 * "b")
+    run_b, _ = prepared("me/crammed", tmp_path / "b", glue_data=str(glue_data), tasks="sst2")
+    assert run_a.encoder_id != run_b.encoder_id
+    name = "model.embeddings.word_embeddings.weight"
+    for scored, expected in ((run_a, weights[name]), (run_b, weights[name] + 1)):
+        model = build_classifier(scored.encoder, scored.data["sst2"])
+        assert torch.equal(model.state_dict()[name], expected)
+
+
+def test_a_model_whose_files_change_while_it_is_scored_is_an_error(glue_data, model_folder, tmp_path):
+    started, args = prepared(model_folder, tmp_path, glue_data=str(glue_data), tasks="wnli")
+    weights = load_file(model_folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, model_folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: it has changed since this run began"):
+        started.run(args, [1])
+    assert (
+        not (tmp_path / "out" / "glue_runs.jsonl").exists() or not (tmp_path / "out" / "glue_runs.jsonl").read_text()
+    )
 
 
 def test_training_on_a_part_is_said_wherever_the_scores_are(monkeypatch, capsys, glue_data, model_folder):

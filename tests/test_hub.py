@@ -416,6 +416,25 @@ def test_a_users_mistake_is_one_line(pushed, run, tmp_path, mistake):
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "hf_cram.hub: stopped"),
+        (OSError(36, "File name too long", "x"), 1, "hf_cram.hub: error: x: "),
+    ],
+)
+def test_what_stops_a_push_is_one_line(monkeypatch, capsys, tmp_path, fault, status, said):
+    def stop(*_):
+        raise fault
+
+    monkeypatch.setattr(hub, "push_folder", stop)
+    with pytest.raises(SystemExit) as caught:
+        hub.main([str(tmp_path)])
+    told = capsys.readouterr().err if status == 130 else str(caught.value.code)
+    assert told.startswith(said)
+    assert told.strip().count("\n") == 0
+
+
 def write_model(folder, weights=b"weights"):
     folder.mkdir(parents=True)
     auto_map = {"AutoModel": "modeling_x.X", "AutoTokenizer": "someone/else--tokenization_x.X"}
