@@ -1,4 +1,8 @@
-"""What the command lines of the benchmarks have in common: names from a list, and one line for a mistake."""
+"""
+What the benchmarks have in common: they measure the package of this checkout, and tell a mistake in one line.
+
+Each imports this module before hf_cram.
+"""
 
 import argparse
 import subprocess
@@ -7,6 +11,13 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not a copy that was installed earlier
+
+
+def verdict(passed: bool) -> str:
+    """Whether a bar was passed, in a word."""
+    return "PASS" if passed else "MISSED"
 
 
 def choose(parser: argparse.ArgumentParser, option: str, text: str, valid: Collection[str]) -> list[str]:

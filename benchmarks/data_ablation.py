@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     options = parser.parse_args()
     names = choose(parser, "--arms", options.arms, ARMS)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
     check_file(parser, "--clean", options.clean)
     check_file(parser, "--noisy", options.noisy)
     arm, budget = speedrun.split_fields(speedrun.read_arm(options.recipe)), parse_duration(options.time_budget)
@@ -97,6 +99,7 @@ def main() -> None:
             "time_budget_seconds": budget, "output_dir": str(options.output_dir),
         }  # fmt: skip
     speedrun.check_arms(jobs, measured.tokenizer)
+    speedrun.set_earlier_aside(options.output_dir)
     summary = speedrun.report(speedrun.run_all(jobs, options.seeds, options.output_dir), options.output_dir)
     base = statistics.median(summary["arms"][summary["rival"]]["final_loss"])
     for name, arm in summary["arms"].items():

@@ -20,6 +20,7 @@ included, on a quarter of the text and on all of it.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -31,7 +32,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from command_line import check_file, choose, run_main
+from command_line import check_file, choose, run_main, verdict
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_TEXT = REPOSITORY.parent / "shared" / "data" / "classic_books.parquet"
@@ -307,10 +308,6 @@ def measure(arm: str, text: Path, work: Path, processes: int) -> dict:
     return {**result, "cpu_seconds": cpu_seconds, "peak_gb": memory.peak_bytes / 1e9}
 
 
-def verdict(passed: bool) -> str:
-    return "PASS" if passed else "MISSED"
-
-
 def print_arms(results: dict[str, list[dict]]) -> None:
     print(f"{'arm':<10}{'seconds':>9}{'range':>16}{'tokens':>14}{'Mtokens/s':>11}{'CPU s':>8}{'peak GB':>9}")
     for arm, rounds in results.items():
@@ -387,6 +384,8 @@ def main() -> None:
     else:
         choose(parser, "--arms", options.arms, ARMS)
         check_file(parser, "--text", options.text)
+        if "datatrove" in options.arms and importlib.util.find_spec("datatrove") is None:
+            parser.error("--arms: datatrove is not installed: pip install '.[dev]', or leave it out")
         report(options)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
-from command_line import check_file, run_main
+from command_line import check_file, run_main, verdict
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_TEXT = REPOSITORY.parent / "shared" / "data" / "classic_books.parquet"
@@ -101,10 +101,6 @@ def run(what: str, text: Path, min_bytes: int, memory_mb: int) -> dict:
     if done.returncode != 0:
         sys.exit(f"{what} failed:\n{done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def verdict(passed: bool) -> str:
-    return "PASS" if passed else "MISSED"
 
 
 def report(options: argparse.Namespace) -> None:

@@ -529,6 +529,8 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     for name in ("seeds", "eval_rows", "at_once"):
         if vars(options)[name] < 1:
             parser.error(f"--{name} must be at least 1, got {vars(options)[name]}")
+    if options.probe is None and options.probe_seeds != parser.get_default("probe_seeds"):
+        parser.error("--probe_seeds is for a probe: name a folder with --probe, or leave it out")
     if options.probe is not None:
         from hf_cram.glue_run import parse_seeds
 
@@ -607,10 +609,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from command_line import run_main  # before hf_cram, of which it chooses the copy
+
     if "HF_CRAM_JOB" in os.environ:
         job_file = Path(os.environ["HF_CRAM_JOB"])
         job_file.with_name("result.json").write_text(json.dumps(run_here(json.loads(job_file.read_text()))))
         sys.exit()
-    from command_line import run_main
-
     run_main(main, "finished runs are lines of runs.jsonl")

@@ -537,5 +537,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        print("hf_cram.convert_cramming_checkpoint: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
     except ConversionError as error:
         sys.exit(f"hf_cram.convert_cramming_checkpoint: error: {error}")

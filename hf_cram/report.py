@@ -313,6 +313,12 @@ def draw_glue(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
+def check_is_report(path: Path) -> None:
+    """Raises [`ReportError`] for a file of that name that no report has written."""
+    if path.is_file() and not path.read_bytes().startswith(f"| {COLUMNS['name']} |".encode()):
+        raise ReportError(f"{path} is no report of this program, and would be lost: name another --output_dir")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the folders, write the report, print the table."""
     parser = argparse.ArgumentParser(prog="hf_cram.report", description="One table and one picture across runs.")
@@ -322,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     runs = load_runs(options.folders)
     rows = runs + paper_rows()
+    check_is_report(options.output_dir / "report.md")
     tables = {"markdown": markdown_table(rows), "csv": csv_table(rows)}
     contents = {
         "report.md": f"{tables['markdown']}\n{NOTES}".encode(),
@@ -338,5 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        print("hf_cram.report: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
     except ReportError as error:
         sys.exit(f"hf_cram.report: error: {error}")
+    except OSError as error:  # a folder that is closed
+        sys.exit(f"hf_cram.report: error: {error.filename}: cannot be read ({error.strerror})")

@@ -259,6 +259,16 @@ def test_missing_folder_and_unwritable_output_are_named(make_run, tmp_path):
         main([str(run), "--output_dir", str(in_the_way)])
 
 
+def test_a_file_of_a_person_is_not_replaced(make_run, tmp_path):
+    folder = make_run("run", all_results=PRETRAINING)
+    for _ in range(2):  # one of its own is
+        main([str(folder), "--output_dir", str(tmp_path)])
+    (tmp_path / "report.md").write_text("# My report\n")
+    with pytest.raises(ReportError, match=r"report\.md is no report of this program"):
+        main([str(folder), "--output_dir", str(tmp_path)])
+    assert (tmp_path / "report.md").read_text() == "# My report\n"
+
+
 def test_a_failed_write_leaves_the_earlier_report(make_run, tmp_path, monkeypatch):
     run, output = make_run("run", all_results=PRETRAINING), tmp_path / "report"
     main([str(run), "--output_dir", str(output)])

@@ -174,7 +174,8 @@ def test_an_earlier_comparison_in_the_folder_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--seeds", "0"], "--seeds must be at least 1"), (["--arms", "broken.yaml"], "broken.yaml"),
-     (["--probe", "glue", "--probe_seeds", "three"], "--probe_seeds must be a number of seeds")],
+     (["--probe", "glue", "--probe_seeds", "three"], "--probe_seeds must be a number of seeds"),
+     (["--probe_seeds", "3"], "--probe_seeds is for a probe")],
 )  # fmt: skip
 def test_a_mistake_is_one_line(tmp_path, python_environment, options, message):
     for task in ("sst2", "cola", "stsb"):
