@@ -39,11 +39,12 @@ def pin(encoder: EncoderArguments) -> EncoderArguments:
     name, revision = encoder.model_name_or_path, encoder.model_revision
     try:
         commit = content_of(name, revision)[0].get("commit")
-        is_adapter = commit is not None and has_file(name, "adapter_config.json", commit)
     except LOADING_ERRORS:
         return encoder  # what loads it first says why
     # Of an adapter the model is in another repository, whose commits are others.
-    return encoder if commit is None or is_adapter else replace(encoder, model_revision=commit)
+    if commit is None or has_file(name, "adapter_config.json", commit):
+        return encoder
+    return replace(encoder, model_revision=commit)
 
 
 def load_tokenizer(encoder: EncoderArguments) -> PreTrainedTokenizerBase:

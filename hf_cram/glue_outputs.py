@@ -103,8 +103,17 @@ def is_fuller(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
         return False
     if any(set(earlier.get(name) or ()) - set(results.get(name) or ()) for name in ("tasks", "seeds")):
         return True
-    had, has = ((told.get("setting") or {}).get("max_train_samples") or math.inf for told in (earlier, results))
-    return had > has
+    return _examples(earlier) > _examples(results)
+
+
+def is_larger(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether earlier results of the same weights are of more scores (columns and seeds), or of more training examples."""
+    scores = [len(told.get("tasks") or ()) * len(told.get("seeds") or ()) for told in (earlier, results)]
+    return is_fuller(earlier, results) and (scores[0] > scores[1] or _examples(earlier) > _examples(results))
+
+
+def _examples(told: Mapping[str, Any]) -> float:
+    return (told.get("setting") or {}).get("max_train_samples") or math.inf
 
 
 def draw_chart(results: Mapping[str, Any], tasks: Sequence[Task], name: str, path: Path) -> None:

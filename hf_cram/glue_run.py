@@ -41,6 +41,7 @@ from .glue_outputs import (
     draw_chart,
     headline_entry,
     is_fuller,
+    is_larger,
     median_seed,
     prediction_path,
     write_predictions,
@@ -484,10 +485,9 @@ class GlueRun:
         folder = self.shared_folder
         if folder is None:
             return
-        earlier = read_object(folder / RESULTS_NAME)
-        if is_fuller(earlier, results) and not is_fuller(results, earlier):
+        if is_larger(read_object(folder / RESULTS_NAME), results):
             logger.warning(
-                "The results are in %s alone: those in %s are of more columns, seeds or training examples, and stay",
+                "The results are in %s alone: those in %s are of more scores or training examples, and stay",
                 self.output_dir, folder,
             )  # fmt: skip
             return

@@ -6,7 +6,7 @@ The memory of one training step, by calculation: no weight is allocated, and 16 
 The step is run on fake tensors (shapes without memory) of the CPU, and every storage it makes is counted from its
 first operation to its last. The count is of the eager step: on a CPU a compiled one saves less for backward and has fewer
 temporaries (benchmarks/memory.py). A GPU's allocator reserves more than the tensors need: 42.1 GB in the one compiled run,
-where 37.0 were calculated (34.4 times 2^30 bytes), so leave room for it. With dropout it is too large for a GPU,
+where about 37 were calculated (34.4 times 2^30 bytes), so leave room for it. With dropout it is too large for a GPU,
 whose kernels keep smaller masks than a CPU's and no attention weights.
 """
 

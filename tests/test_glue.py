@@ -700,12 +700,14 @@ def test_a_smaller_run_elsewhere_leaves_a_models_fuller_results(
     arguments += ["--output_dir", tmp_path / "out"]
     run(monkeypatch, *arguments, "--seeds", "1")
     assert results_of(model_folder) == fuller
-    assert f"those in {model_folder} are of more columns, seeds or training examples, and stay" in caplog.text
+    assert f"those in {model_folder} are of more scores or training examples, and stay" in caplog.text
     run(monkeypatch, *arguments, "--seeds", "3")
     assert results_of(model_folder)["seeds"] == [1, 2, 3]
     # Neither tells all that the other does: the new ones count, and the earlier ones stay readable.
     other = [part if part != "wnli" else "sst2" for part in arguments]
     run(monkeypatch, *other, "--seeds", "1")
+    assert list(results_of(model_folder)["tasks"]) == ["wnli"]
+    run(monkeypatch, *other, "--seeds", "3")
     assert list(results_of(model_folder)["tasks"]) == ["sst2"]
     assert json.loads((model_folder / "glue_results.json-1").read_text())["seeds"] == [1, 2, 3]
 

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 HASHED_BYTES = 1 << 20
+NO_TEXT_OF_A_DISK = "lost+found"  # at the root of many, and closed
 
 
 def format_suffix(path: Path) -> str:
@@ -84,6 +85,8 @@ def _look_into_all(pattern: Path) -> None:
         pattern /= "*"
     for parent, part in zip(pattern.parents, reversed(pattern.parts), strict=False):
         for folder in filter(os.path.isdir, glob.glob(str(parent), recursive=True)):
+            if os.path.basename(folder) == NO_TEXT_OF_A_DISK:
+                continue
             if glob.has_magic(part):
                 os.scandir(folder).close()
             else:
@@ -104,7 +107,7 @@ def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     if real in above:  # a link that leads back
         return
     with os.scandir(folder) as entries:  # globbing would pass over a closed folder in silence
-        paths = [Path(entry.path) for entry in entries]
+        paths = [Path(entry.path) for entry in entries if entry.name != NO_TEXT_OF_A_DISK]
     for path in paths:
         if path.is_dir():
             yield from _files_below(path, (*above, real))

@@ -81,7 +81,7 @@ def make_stages(plan: ScalePlan, arguments: ScaleArguments) -> list[Stage]:
                 bands,
                 small,
             ),
-            Stage("minhash-clusters", [MinhashDedupCluster(pairs, clusters, config)], 1, large),
+            Stage("minhash-clusters", [OpenManyFiles(), MinhashDedupCluster(pairs, clusters, config)], 1, large),
         ]
         tokenize.insert(1, MinhashDedupFilter(clusters))
     stages.append(Stage("tokens", tokenize, plan.tasks, small))

@@ -189,7 +189,7 @@ def read_position(blocks: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     sizes = _sizes(blocks)
-    return position if position.get("blocks", sizes) == sizes else None
+    return position if sizes and position.get("blocks", sizes) == sizes else None
 
 
 def _sizes(blocks: Path) -> dict[str, int]:

@@ -47,7 +47,7 @@ class AfterStage(PipelineStep):
 
 
 class OpenManyFiles(PipelineStep):
-    """As many open files as the machine allows: datatrove's buckets read the signatures of all tasks at once."""
+    """As many open files as the machine allows: of every task datatrove's buckets read one at once, its clusters write one."""
 
     type = "hf_cram"
     name = "open many files"

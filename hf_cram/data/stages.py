@@ -15,7 +15,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .cache import cached_entry
+from .cache import MANIFEST_NAME, cached_entry, is_complete
 from .errors import DataError, TextChangedError
 from .filtering import DocumentFilter, FilterArguments
 from .ordering import HISTOGRAM_BINS, OrderingArguments, order_rows, order_settings
@@ -245,14 +245,23 @@ class RowsStage:
 
     @cached_property
     def key(self) -> str:
-        order = None if self.ordering.row_order == "none" else tuple(order_settings(self.ordering).values())
-        key = hash_of(FORMAT_VERSION, self.tokens.key, self.packing.max_seq_length, self.packing.eval_rows, order)
+        """That of the rows; another one where the same rows lie beside another configuration of an existing tokenizer."""
         if self.packing.tokenizer_name is None:
-            return key
-        # The tokens' key knows what decides the tokens; beside the rows lie an existing tokenizer's other settings too.
-        settings = tokenizer_settings(self.tokens.tokenizer.tokenizer)
-        beside = saved_settings(self.place.cache / "corpora" / key / "tokenizer")
-        return key if beside in (None, settings) else hash_of(key, sorted(settings.items()))
+            return self._rows_key
+        settings, beside = (
+            tokenizer_settings(self.tokens.tokenizer.tokenizer),
+            saved_settings(self._rows_entry / "tokenizer"),
+        )
+        return self._rows_key if beside in (None, settings) else hash_of(self._rows_key, sorted(settings.items()))
+
+    @cached_property
+    def _rows_key(self) -> str:
+        order = None if self.ordering.row_order == "none" else tuple(order_settings(self.ordering).values())
+        return hash_of(FORMAT_VERSION, self.tokens.key, self.packing.max_seq_length, self.packing.eval_rows, order)
+
+    @property
+    def _rows_entry(self) -> Path:
+        return self.place.cache / "corpora" / self._rows_key
 
     def open(self) -> tuple[Path, bool]:
         """
@@ -262,6 +271,11 @@ class RowsStage:
         return cached_entry(self.place.cache / "corpora" / self.key, self._write, self.place.overwrite)
 
     def _write(self, folder: Path) -> None:
+        if self.key != self._rows_key and is_complete(self._rows_entry):
+            others = shutil.ignore_patterns("tokenizer", MANIFEST_NAME)
+            shutil.copytree(self._rows_entry, folder, ignore=others, copy_function=_link_or_copy, dirs_exist_ok=True)
+            self.tokens.tokenizer.tokenizer.save_pretrained(folder / "tokenizer")
+            return
         shards, token_steps = self.tokens.open()
         tokenizer_stage = self.tokens.tokenizer
         text = self.tokens.text

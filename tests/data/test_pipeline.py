@@ -113,6 +113,7 @@ def test_an_edited_configuration_of_a_tokenizer_is_beside_the_rows(tmp_path, tex
     path = tmp_path / "tokenizer" / "tokenizer_config.json"
     original = path.read_text()
     path.write_text(json.dumps({**json.loads(original), "padding_side": "left"}))
+    shutil.rmtree(tmp_path / "cache" / "tokens")  # as behind hf_cram.data.scale
     monkeypatch.setattr(stages, "write_token_shards", lambda *args, **kwargs: pytest.fail("tokenized again"))
     second = prepare_corpus(with_it)
     assert second.tokenizer.padding_side == "left"
