@@ -271,7 +271,7 @@ class RowsStage:
         return cached_entry(self.place.cache / "corpora" / self.key, self._write, self.place.overwrite)
 
     def _write(self, folder: Path) -> None:
-        if self.key != self._rows_key and is_complete(self._rows_entry):
+        if self.key != self._rows_key and not self.place.overwrite and is_complete(self._rows_entry):
             others = shutil.ignore_patterns("tokenizer", MANIFEST_NAME)
             shutil.copytree(self._rows_entry, folder, ignore=others, copy_function=_link_or_copy, dirs_exist_ok=True)
             self.tokens.tokenizer.tokenizer.save_pretrained(folder / "tokenizer")
