@@ -177,17 +177,23 @@ def test_an_earlier_comparison_in_the_folder_is_kept(tmp_path):
      (["--probe", "glue", "--probe_seeds", "three"], "--probe_seeds must be a number of seeds"),
      (["--probe_seeds", "3"], "--probe_seeds is for a probe")],
 )  # fmt: skip
-def test_a_mistake_is_one_line(tmp_path, python_environment, options, message):
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, options, message):
     for task in ("sst2", "cola", "stsb"):
         (tmp_path / "glue" / task).mkdir(parents=True)
     (tmp_path / "broken.yaml").write_text("a: [1")
     (tmp_path / "text.txt").write_text("\n".join(f"river stone house {n} letter window" for n in range(400)))
-    command = [sys.executable, SCRIPT, "--text", "text.txt", "--output_dir", "out", "--vocab_size", "120", "--length", "16",
-               "--eval_rows", "8", "--cache_dir", "cache", *options]  # fmt: skip
-    done = subprocess.run(command, env=python_environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert message in done.stderr.splitlines()[-1]
+    arguments = ["--text", "text.txt", "--output_dir", "out", "--vocab_size", "120", "--length", "16", "--eval_rows", "8",
+                 "--cache_dir", "cache", *options]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    run_main = importlib.import_module("command_line").run_main
+    with pytest.raises(SystemExit) as caught:
+        run_main(speedrun.main)
+    code = caught.value.code
+    told = capsys.readouterr().err if isinstance(code, int) else code
+    assert code != 0
+    assert message in told.splitlines()[-1]
 
 
 def test_runs_beside_each_other_have_no_clock(monkeypatch, capsys):
