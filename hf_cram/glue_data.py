@@ -3,7 +3,6 @@
 import glob
 import math
 import re
-import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from .data.errors import TextChangedError, first_line
-from .data.hub_datasets import cache_of_folder, reading_errors
+from .data.errors import first_line
+from .data.hub_datasets import cache_of_folder, check_copy, reading_errors
 from .data.sources import check_stamps, stamps_of
 from .glue import COLUMNS, TASKS, GlueError, Task, cause_of
 from .model_files import hash_of
@@ -85,11 +84,7 @@ def _read(kind: str, paths: Sequence[str], place: str) -> Dataset:
         cache_dir = cache_of_folder(hash_of(kind, list(stamps)))
         files = [glob.escape(path) for path in paths]  # the library takes names for patterns
         rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **READING.get(kind, {}))
-        try:
-            check_stamps(stamps)
-        except TextChangedError:
-            shutil.rmtree(cache_dir, ignore_errors=True)
-            raise
+        check_copy(cache_dir, lambda: check_stamps(stamps))
         return rows
     except (DatasetsError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):

@@ -284,18 +284,7 @@ class CramTrainingArguments(OpenPrecisionArguments):
         return self.train_batch_rows or self.smallest_batch_rows
 
     def _check_fields(self) -> None:
-        for name, variable in SHARDING.items():
-            if getattr(self, name) or os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-                raise ValueError(
-                    f"{name}: every process holds the whole model here: leave it out, and start the processes by "
-                    "accelerate launch --multi_gpu"
-                )
-        optim = str(getattr(self.optim, "value", self.optim))
-        if optim.endswith("_layerwise") or optim in ("lomo", "adalomo"):
-            raise ValueError(
-                f"optim {optim!r} takes its steps within the backward pass, where no clock rules the learning rate: choose "
-                "another"
-            )
+        self._check_sharding()
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 "gradient_accumulation_steps follows from train_batch_rows here: set train_batch_rows instead"
@@ -341,6 +330,25 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(f"batch_ramp_until is a fraction of the budget from 0 to 1, got {self.batch_ramp_until}")
         if self.batch_ramp_until > 0 and self.train_batch_rows is None:
             raise ValueError("batch_ramp_until has nothing to ramp up to: set train_batch_rows with it")
+        self._check_optimizer()
+        if self.max_nonfinite_steps < 1:
+            raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}")
+
+    def _check_sharding(self) -> None:
+        for name, variable in SHARDING.items():
+            if getattr(self, name) or os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+                raise ValueError(
+                    f"{name}: every process holds the whole model here: leave it out, and start the processes by "
+                    "accelerate launch --multi_gpu"
+                )
+
+    def _check_optimizer(self) -> None:
+        optim = str(getattr(self.optim, "value", self.optim))
+        if optim.endswith("_layerwise") or optim in ("lomo", "adalomo"):
+            raise ValueError(
+                f"optim {optim!r} takes its steps within the backward pass, where no clock rules the learning rate: choose "
+                "another"
+            )
         if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
             raise ValueError(f"muon_learning_rate must be above 0, got {self.muon_learning_rate}")
         if self.muon_learning_rate is not None and (self.optim_args or self.optim not in ADAMW_NAMES):
@@ -352,8 +360,6 @@ class CramTrainingArguments(OpenPrecisionArguments):
             raise ValueError(
                 f"optim_args: optim {str(self.optim)!r} takes none: set its own fields, such as adam_beta2"
             )
-        if self.max_nonfinite_steps < 1:
-            raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}")
 
     def _check_batch(self) -> None:
         rows = self.smallest_batch_rows if self.train_batch_rows is None else self.train_batch_rows

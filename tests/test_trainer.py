@@ -460,7 +460,7 @@ def test_a_callback_that_saves_and_stops_leaves_a_checkpoint(tiny_config, tokeni
         assert [path.name for path in folder.glob("checkpoint-*")] == expected
 
 
-def test_flops_are_counted_whatever_the_attention(tiny_config, tokenizer, tmp_path):
+def test_flops_are_counted_whatever_the_attention(tiny_config):
     flops = []
     for attention in ("eager", "flex_attention"):
         model = CrammedBertForMaskedLM._from_config(tiny_config, attn_implementation=attention)

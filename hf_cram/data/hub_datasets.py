@@ -5,10 +5,11 @@ import json
 import logging
 import lzma
 import os
+import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
-from .errors import DataError, SkipReport, first_line, system_cause
+from .errors import DataError, SkipReport, TextChangedError, first_line, system_cause
 from .input_files import files_below, fingerprint_files, format_suffix
 from .text_files import ReadProgress, check_documents, missing_column
 
@@ -104,6 +105,18 @@ def cache_of_folder(fingerprint: str) -> str:
     from datasets import config
 
     return os.path.join(config.HF_DATASETS_CACHE, "hf_cram-folders", fingerprint)
+
+
+def check_copy(cache_dir: str, check: Callable[[], None]) -> None:
+    """
+    Run `check` on the text that was copied to `cache_dir`. Where it raises [`TextChangedError`] the copy goes: its name is
+    that of the earlier content.
+    """
+    try:
+        check()
+    except TextChangedError:
+        shutil.rmtree(cache_dir, ignore_errors=True)
+        raise
 
 
 def list_folder(folder: Path) -> list[Path]:

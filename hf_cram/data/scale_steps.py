@@ -79,7 +79,7 @@ class PrepareText(PipelineStep):
                 raise DataError("the text has changed since the tasks were planned: start again")
             stage = self.plan.tokens_stage(text)
             _ = stage.tokenizer.tokenizer
-            if read_position(self.plan.blocks) is None:
+            if not _is_dealt(self.plan.blocks):
                 documents = text.documents(stage.token_counter)
                 write_once(self.plan.blocks, lambda folder: self._deal(text, documents, folder), _is_dealt)
 

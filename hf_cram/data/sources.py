@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from .cache import cached_entry, hash_of
 from .errors import DataError, SkipReport, TextChangedError
 from .hub_datasets import (
     cache_of_folder,
+    check_copy,
     commit_of,
     count_rows,
     fingerprint_folder,
@@ -36,7 +36,6 @@ from .text_files import ReadProgress, read_files
 logger = logging.getLogger(__name__)
 
 OF_A_DATASET = ("dataset_config_name", "dataset_data_dir", "dataset_revision")
-SETTINGS_OF_A_DATASET = ("dataset_config_name", "dataset_data_dir", "dataset_split")
 
 
 class _OpenSource:
@@ -69,7 +68,8 @@ class _OpenSource:
         places = ("dataset_name", "dataset_revision", "streaming", "train_files")
         choices = {name: value for name, value in asdict(settings).items() if name not in places}
         if self._dataset is None:  # its settings say nothing then
-            choices |= {name: getattr(MixedSource, name) for name in SETTINGS_OF_A_DATASET}
+            unread = choices.keys() & {*OF_A_DATASET, "dataset_split"}
+            choices |= {name: getattr(MixedSource, name) for name in unread}
         self.identity = hash_of(content, choices)
 
     def _load(self, name: str) -> str:
@@ -98,12 +98,8 @@ class _OpenSource:
             s.dataset_data_dir,
             None if content is None else cache_of_folder(content),
         )
-        try:
-            self.check_unchanged()
-        except TextChangedError:
-            # What was copied meanwhile goes by the name of the earlier content.
-            shutil.rmtree(cache_of_folder(str(content)), ignore_errors=True)
-            raise
+        if content is not None:
+            check_copy(cache_of_folder(content), self.check_unchanged)
         if commit is not None and commit_of(place_of(name), s.dataset_revision) != commit:
             raise TextChangedError(f"data set {name!r}: it has changed since this run began: start again")
         return content or commit or self._dataset._fingerprint

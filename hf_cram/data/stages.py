@@ -248,10 +248,8 @@ class RowsStage:
         """That of the rows; another one where the same rows lie beside another configuration of an existing tokenizer."""
         if self.packing.tokenizer_name is None:
             return self._rows_key
-        settings, beside = (
-            tokenizer_settings(self.tokens.tokenizer.tokenizer),
-            saved_settings(self._rows_entry / "tokenizer"),
-        )
+        settings = tokenizer_settings(self.tokens.tokenizer.tokenizer)
+        beside = saved_settings(self._rows_entry / "tokenizer")
         return self._rows_key if beside in (None, settings) else hash_of(self._rows_key, sorted(settings.items()))
 
     @cached_property
