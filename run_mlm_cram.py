@@ -6,47 +6,35 @@ Train a BERT-class encoder from scratch under a wall-clock budget.
 The recipe is a YAML file of the fields below; the command line overrides it.
 """
 
-import inspect
-import json
 import logging
 import math
 import os
-import platform
 import sys
 import time
-from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 import yaml
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
-from hf_cram.checkpointing import CheckpointError, RunState, clear_staging, last_checkpoint
+from hf_cram.checkpointing import CheckpointError
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
 from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.source_arguments import INSTALLED_DOCS
-from hf_cram.files import read_json, write_atomically
-from hf_cram.hardware import is_out_of_memory
+from hf_cram.files import write_atomically
+from hf_cram.hardware import describe_hardware, is_out_of_memory, takes_masked_positions
 from hf_cram.hardware_choices import check_device
 from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
-from hf_cram.output_folder import lock_run, set_aside
-from hf_cram.recipes import ModelArguments, RecipeParser, build_config
-from hf_cram.script_args import (
-    RECIPE_PARTS,
-    CardArguments,
-    MaskingArguments,
-    TextBudgetArguments,
-    check_row_length,
-)
-from hf_cram.text_budget import is_limit_wanted, limit_text_to_budget
+from hf_cram.output_folder import holds_result, set_earlier_results_aside, state_of_the_resumed
+from hf_cram.recipes import RecipeParser, build_config
+from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, check_row_length, shareable
+from hf_cram.text_budget import RESERVE, is_limit_wanted, limit_text_to_budget
 from hf_cram.trainer import CramTrainer, NonFiniteError
 from hf_cram.training_args import CramTrainingArguments, check_given
 
@@ -55,17 +43,7 @@ logger = logging.getLogger("hf_cram")
 # Held-out loss is always measured with these masks, whatever the training's rate and seed.
 EVAL_MLM_PROBABILITY = 0.15
 EVAL_MASK_SEED = 2212
-# What run_glue.py and hf_cram.minimal_pairs leave in a model's folder, the card that tells of it, and the recipe.
-OF_EARLIER_WEIGHTS = (
-    "glue_results.*", "glue_submission.zip*", "minimal_pairs_results.json*", ".eval_results", "README.md", "recipe.yaml",
-)  # fmt: skip
-# Of the Trainer's own fields, those that a recipe is made of.
-TRAINER_FIELDS = (
-    "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
-    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
-    "data_seed", "fp16", "bf16", "tf32", "activation_checkpointing", "train_sampling_strategy", "dataloader_num_workers",
-    "neftune_noise_alpha",
-)  # fmt: skip
+WORTH_TELLING = 1.5  # passes over a text that a run limits by its budget
 
 
 def main() -> int:
@@ -89,16 +67,17 @@ def main() -> int:
     started = time.monotonic()
     if not is_main:
         data_args.overwrite_cache = False  # rank 0 has done so when the others look
-    if is_limit_wanted(data_args, text_args):
-        limit = [limit_of_the_resumed(training_args) if is_main else None]
-        data_args.max_train_tokens = broadcast_object_list(limit)[0]
+    folder, choice = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
+    resumed = broadcast_object_list([state_of_the_resumed(folder, choice) if is_main else None])[0]
+    if resumed is not None and is_limit_wanted(data_args, text_args):
+        data_args.max_train_tokens = resumed.max_train_tokens
     limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
     with training_args.main_process_first(desc="preparing the text"):
-        corpus = prepare_corpus(data_args, parser.given)
+        corpus = prepare_corpus(data_args, parser.given, None if resumed is None else resumed.dataset_id)
     corpus.train_dataset.max_train_tokens = data_args.max_train_tokens
     preprocessing_seconds = time.monotonic() - started
     check_same_rows(corpus)
-    tell_of(corpus)
+    tell_of(corpus, data_args.max_train_tokens)
     if is_main:
         publish(corpus, publish_args, data_args)
     row_order = corpus.statistics.get("row_scores", {}).get("row_order", "none")  # of a published corpus, its own
@@ -144,43 +123,27 @@ def train_and_save(
     return 0
 
 
-def holds_result(folder: Path, step: int) -> bool:
-    """Whether a run has ended in `folder`, at `step` or later; rank 0's answer counts."""
-    try:
-        held = read_json(folder / "all_results.json", "optimizer_steps")["optimizer_steps"] >= step
-    except (OSError, ValueError):
-        held = False
-    return broadcast_object_list([held])[0]
-
-
 def check_same_rows(corpus: PreparedCorpus) -> None:
     """Raises [`DataError`] where the processes have found different texts: it has changed in between."""
     if len(set(gather_object([corpus.train_dataset.dataset_id]))) > 1:
         raise DataError("the text has changed while this run's processes prepared it: start again")
 
 
-def limit_of_the_resumed(training_args: CramTrainingArguments) -> int | None:
-    """
-    The tokens that the run to resume has read its text for: with another budget, or at another speed, it goes on with the
-    same rows. A checkpoint that a kill has left half replaced is put back first. Raises [`CheckpointError`] for a folder
-    that is no checkpoint, or is another run's.
-    """
-    output_dir, resumed = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
-    if resumed and output_dir.is_dir():
-        with lock_run(output_dir):
-            clear_staging(output_dir)  # which puts back what a kill has left half replaced
-    checkpoint = last_checkpoint(output_dir) if resumed is True else resumed
-    return RunState.load(Path(checkpoint)).max_train_tokens if checkpoint else None
-
-
-def tell_of(corpus: PreparedCorpus) -> None:
-    """Log what was prepared, and what that took where it was not there before."""
+def tell_of(corpus: PreparedCorpus, max_train_tokens: int | None) -> None:
+    """Log what was prepared, what that took where it was not there before, and whether the run wants more."""
     logger.info(
         "%s rows of %d tokens%s", f"{len(corpus.train_dataset):,}", corpus.train_dataset.max_seq_length,
         " (from the cache)" if corpus.from_cache else "",
     )  # fmt: skip
     if not corpus.from_cache:
         logger.info("What preparing took:\n%s", corpus.table)
+    tokens = len(corpus.train_dataset) * corpus.train_dataset.max_seq_length
+    if max_train_tokens is not None and max_train_tokens / RESERVE > WORTH_TELLING * tokens:
+        logger.info(
+            "The text has %s tokens: the run reads it about %.1f times",
+            f"{tokens:,}",
+            max_train_tokens / RESERVE / tokens,
+        )
 
 
 def build_trainer(
@@ -198,7 +161,7 @@ def build_trainer(
         masking_args.mask_replace_prob,
         masking_args.random_replace_prob,
         seed=training_args.seed,
-        return_masked_positions="masked_positions" in inspect.signature(model.forward).parameters,
+        return_masked_positions=takes_masked_positions(model),
     )
     return CramTrainer(
         model,
@@ -230,7 +193,7 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, data_args: 
     results["eval_perplexity"] = math.exp(min(results["eval_loss"], 100.0))
     trainer.log_metrics("all", results)
     results.update(
-        hardware=describe_hardware(trainer.args),
+        hardware=describe_hardware(trainer.args.device, trainer.args.world_size),
         num_parameters=trainer.model.num_parameters(),
         text_name=text_name(data_args),
         dataset_id=trainer.train_dataset.dataset_id,
@@ -239,13 +202,6 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, data_args: 
         results["max_train_tokens"] = data_args.max_train_tokens  # gives the same rows elsewhere
     trainer.save_metrics("all", results, combined=False)
     return results
-
-
-def set_earlier_results_aside(folder: Path) -> None:
-    """What earlier weights in the folder have scored is not the score of those that take their place."""
-    moved = set_aside(sorted(path for pattern in OF_EARLIER_WEIGHTS for path in folder.glob(pattern)), folder)
-    if moved is not None:
-        logger.warning("Scores, card and recipe of what was in the folder before were moved to %s", moved)
 
 
 def publish(corpus: PreparedCorpus, publish_args: PublishArguments, data_args: DataArguments) -> None:
@@ -261,45 +217,11 @@ def publish(corpus: PreparedCorpus, publish_args: PublishArguments, data_args: D
         logger.info("The rows are published at %s", address)
 
 
-def shareable(given: dict[str, Any]) -> dict[str, Any]:
-    """The recipe in plain values: the fields that decide the result, without what belongs to a machine or an account."""
-    decisive = {*TRAINER_FIELDS, *CramTrainingArguments.__annotations__}
-    parts = (ModelArguments, DataArguments, TextBudgetArguments, MaskingArguments)
-    decisive |= {spec.name for part in parts for spec in fields(part)}
-    local = {"train_files", "cache_dir", "overwrite_cache", "preprocessing_workers"}
-    plain = {
-        name: value.value if isinstance(value, Enum) else value
-        for name, value in given.items()
-        if name in decisive - local and not is_local(name, value)
-    }
-    yaml.safe_dump(plain)  # a mistake of ours is to show before training
-    return plain
-
-
-def is_local(name: str, value: Any) -> bool:
-    """Whether a field of the recipe names what is on this machine: a tokenizer, a data set, or a source of a mix."""
-    if name in ("dataset_name", "tokenizer_name"):
-        return os.path.exists(str(value))
-    if name != "sources" or str(value).lower() == "none":
-        return False
-    sources = json.loads(value) if isinstance(value, str) else value
-    return any(
-        "train_files" in source or is_local("dataset_name", source.get("dataset_name")) for source in sources.values()
-    )
-
-
 def text_name(data_args: DataArguments) -> str:
     """The text in words, without folders of this machine."""
     if data_args.sources is not None or data_args.hub_names:
         return data_args.source_name
     return Path(data_args.source_name).name
-
-
-def describe_hardware(args: CramTrainingArguments) -> str:
-    """The machine in one line: `2 x NVIDIA H100`, `1 x 8 CPU threads (x86_64)`."""
-    if args.device.type == "cuda":
-        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
-    return f"{args.world_size} x {torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
 def write_card(

@@ -5,6 +5,7 @@ Each imports this module before hf_cram.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -38,6 +39,8 @@ def check_file(parser: argparse.ArgumentParser, option: str, path: Path) -> None
 def run_main(main: Callable[[], None], kept: str = "nothing is kept") -> None:
     """Run a benchmark: what the user can mend, and Ctrl-C, end it in one line; `kept` says of what there is then."""
     program = f"benchmarks/{Path(sys.argv[0]).name}"
+    # As an exception, on which subprocess ends the measurement that it waits for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from command_line import choose, run_main
+from command_line import choose, run_main, verdict
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 from transformers.utils import logging as transformers_logging
 
@@ -84,7 +84,7 @@ def main() -> None:
             medians = {key: statistics.median(values) for key, values in rates.items()}
             ratio = medians["run_glue.py"] / medians["padded to 128"]
             figures = ", ".join(f"{key} {value:.1f} examples/s" for key, value in medians.items())
-            print(f"{name}: {figures}, {ratio:.2f}x, bar {BAR}: {'PASS' if ratio >= BAR else 'MISSED'}", flush=True)
+            print(f"{name}: {figures}, {ratio:.2f}x, bar {BAR}: {verdict(ratio >= BAR)}", flush=True)
 
 
 if __name__ == "__main__":

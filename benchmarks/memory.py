@@ -22,7 +22,7 @@ import tempfile
 import numpy as np
 import psutil
 import torch
-from command_line import run_main
+from command_line import run_main, verdict
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -165,11 +165,11 @@ def main() -> None:
     for case in cases:
         measured, calculated = run_case(case, options.compile), calculate(case)
         error = {name: calculated[name] / measured[name] - 1 for name in measured}
-        verdict = "" if options.compile else "PASS" if abs(error["total"]) <= BAR else "MISSED"
+        passed = "" if options.compile else verdict(abs(error["total"]) <= BAR)
         columns = [
             f"{measured[name] / 1e6:>10,.0f}{calculated[name] / 1e6:>12,.0f}{error[name]:>+8.1%}" for name in measured
         ]
-        print(f"{case:<26}{columns[0]}{verdict:>8}{columns[1]}", flush=True)
+        print(f"{case:<26}{columns[0]}{passed:>8}{columns[1]}", flush=True)
 
 
 if __name__ == "__main__":

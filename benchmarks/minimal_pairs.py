@@ -14,7 +14,7 @@ import statistics
 import time
 
 import torch
-from command_line import run_main
+from command_line import run_main, verdict
 
 from hf_cram.minimal_pair_sources import MinimalPair
 from hf_cram.minimal_pairs import load_model, make_fast, score_pairs
@@ -116,7 +116,7 @@ def main() -> None:
     rate = statistics.median(rates)
     print(
         f"  batched, {'bf16' if model.dtype == torch.bfloat16 else 'fp32'} {rate:>8.1f} pairs/s "
-        f"({min(rates):.1f} to {max(rates):.1f}), bar {BAR}: {'PASS' if rate >= BAR else 'MISSED'}"
+        f"({min(rates):.1f} to {max(rates):.1f}), bar {BAR}: {verdict(rate >= BAR)}"
     )
     print(f"  accuracy {results['accuracy']:.1f} %")
 

@@ -73,6 +73,7 @@ class PausedClock:
 
 def build_model(arm: dict, tokenizer):
     """The arm's masked language model: a crammed one, or one of transformers' own by `model_type`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     import hf_cram  # noqa: F401 (registers the crammed BERT)
@@ -85,10 +86,13 @@ def build_model(arm: dict, tokenizer):
     known = AutoConfig.for_model(model_type)
     unknown = sorted(name for name in fields if not hasattr(known, name))
     if unknown:  # a configuration keeps any name, and the run would be another one's copy
-        raise SystemExit(f"benchmarks/speedrun.py: error: no field of {model_type} or of training: {unknown}")
-    return AutoModelForMaskedLM.from_config(
-        AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **special, **fields)
-    )
+        raise ValueError(f"no field of {model_type} or of training: {unknown}")
+    try:
+        return AutoModelForMaskedLM.from_config(
+            AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **special, **fields)
+        )
+    except (LookupError, StrictDataclassError) as error:  # an activation that is not there, sizes that do not fit
+        raise ValueError(f"no such {model_type}: {' '.join(str(error).split())}") from error
 
 
 def training_arguments(job: dict, output_dir: str):
@@ -104,7 +108,6 @@ def training_arguments(job: dict, output_dir: str):
 
 def run_here(job: dict) -> dict:
     """Train one arm once; returns its curve and speed."""
-    import inspect
 
     import numpy as np
     import torch
@@ -114,6 +117,7 @@ def run_here(job: dict) -> dict:
     from hf_cram.data.collator import DataCollatorForFixedCountMasking
     from hf_cram.data.packing import PackedRows, token_dtype
     from hf_cram.data.tokenization import load_tokenizer
+    from hf_cram.hardware import takes_masked_positions
     from hf_cram.trainer import CramTrainer
 
     clock = PausedClock()
@@ -127,9 +131,8 @@ def run_here(job: dict) -> dict:
     held_out_file = Path(job.get("eval_file") or corpus / "eval.bin")
     train, held_out = (PackedRows(path, dtype, job["length"]) for path in (corpus / "train.bin", held_out_file))
     model = build_model(arm, tokenizer)
-    takes_positions = "masked_positions" in inspect.signature(model.forward).parameters
     collator = DataCollatorForFixedCountMasking(
-        tokenizer, **arm["masking"], seed=job["seed"], return_masked_positions=takes_positions
+        tokenizer, **arm["masking"], seed=job["seed"], return_masked_positions=takes_masked_positions(model)
     )
     eval_batches = build_eval_batches(held_out, tokenizer, job["eval_rows"])
     arguments = training_arguments(job, tempfile.mkdtemp(prefix="speedrun-"))
@@ -141,11 +144,10 @@ def run_here(job: dict) -> dict:
             curve.append([trainer.clock.elapsed_seconds, held_out_loss(trainer.model, eval_batches)])
             points.append(point)
 
-    with clock.paused():
-        trainer = CramTrainer(
-            model, arguments, time_function=clock, train_dataset=train,
-            data_collator=collator, processing_class=tokenizer,
-        )  # fmt: skip
+    trainer = CramTrainer(
+        model, arguments, time_function=clock, train_dataset=train,
+        data_collator=collator, processing_class=tokenizer,
+    )  # fmt: skip
     trainer.add_callback(at_points(lambda: trainer.budget_fraction, measure))
     trainer.train()
     if trainer.interrupted_by is not None:
@@ -239,17 +241,17 @@ def read_arm(name: str) -> dict:
     arms = yaml.safe_load(ARMS_FILE.read_text())
     if Path(name).suffix == ".yaml":
         if not Path(name).is_file():
-            raise SystemExit(f"benchmarks/speedrun.py: error: no recipe {name}")
+            raise ValueError(f"no recipe {name}")
         try:
             fields = yaml.safe_load(Path(name).read_text())
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             cause = " ".join(str(error).split())
-            raise SystemExit(f"benchmarks/speedrun.py: error: {name} is not valid YAML: {cause}") from error
+            raise ValueError(f"{name} is not valid YAML: {cause}") from error
         if not isinstance(fields, dict):
-            raise SystemExit(f"benchmarks/speedrun.py: error: {name} holds no fields of a recipe")
+            raise ValueError(f"{name} holds no fields of a recipe")
         return fields
     if name not in arms:
-        raise SystemExit(f"benchmarks/speedrun.py: error: no arm {name!r}: choose from {', '.join(arms)}, or a recipe")
+        raise ValueError(f"no arm {name!r}: choose from {', '.join(arms)}, or a recipe")
     arm = dict(arms[name])
     base = arm.pop("base", None)
     if base is None:
@@ -263,11 +265,9 @@ def parse_overrides(words: list[str]) -> list[dict]:
     for word in words:
         name, _, values = word.partition("=")
         if not values:
-            raise SystemExit(f"benchmarks/speedrun.py: error: {word!r} is not name=value[,value]")
+            raise ValueError(f"{word!r} is not name=value[,value]")
         if "{" not in values and (" " in values or "=" in values):
-            raise SystemExit(
-                f"benchmarks/speedrun.py: error: {word!r} holds several fields: give each as a word, unquoted"
-            )
+            raise ValueError(f"{word!r} holds several fields: give each as a word, unquoted")
         choices.append([(name, yaml.safe_load(value)) for value in SPLIT_VALUES.split(values)])
     return [dict(point) for point in itertools.product(*choices)]
 
@@ -312,7 +312,7 @@ def split_fields(fields: dict) -> dict:
 
 
 def check_arms(jobs: dict[str, dict], tokenizer) -> None:
-    """A mistake in an arm is to show before the first run. Raises `ValueError` or `SystemExit`."""
+    """A mistake in an arm is to show before the first run. Raises `ValueError`."""
     import torch
 
     from hf_cram.data.collator import DataCollatorForFixedCountMasking
@@ -328,7 +328,10 @@ def check_arms(jobs: dict[str, dict], tokenizer) -> None:
         for field, value in job["arm"]["training"].items():
             if isinstance(value, str) and isinstance(getattr(CramTrainingArguments, field, None), int | float):
                 raise ValueError(f"{name}: {field} must be a number, got {value!r}")
-        training_arguments({**job, "seed": 0}, job["output_dir"])
+        try:
+            training_arguments({**job, "seed": 0}, job["output_dir"])
+        except TypeError as error:  # words where a number is none by default
+            raise ValueError(f"{name}: a field of training has a value of another kind: {error}") from error
 
 
 def run_job(job: dict, name: str) -> dict:
@@ -345,7 +348,7 @@ def run_job(job: dict, name: str) -> dict:
         with open(log, "w") as stream:
             code = subprocess.run([sys.executable, __file__], env=environment, stdout=stream, stderr=stream).returncode
         if code:
-            raise SystemExit(f"benchmarks/speedrun.py: error: run {name} failed, see {log}")
+            raise ValueError(f"run {name} failed, see {log}")
         return json.loads((path / "result.json").read_text())
 
 
@@ -409,7 +412,7 @@ def run_probes(
                 ]  # fmt: skip
                 with open(output_dir / f"{folder.name}-{key}.log", "w") as stream:
                     if subprocess.run(command, stdout=stream, stderr=stream).returncode:
-                        raise SystemExit(f"benchmarks/speedrun.py: error: probe failed, see {stream.name}")
+                        raise ValueError(f"probe failed, see {stream.name}")
                 result[key] = json.loads(scores.read_text())
                 print_probe(f"{name} seed {first_seed + number} {key.removeprefix('probe_')}", result[key])
 
@@ -478,7 +481,7 @@ def summarize(runs: dict[str, list[dict]], timed: bool = True) -> dict:
             "runs": results,
         }
         ratios = [
-            other["seconds"] / seconds
+            time_to_loss(other["curve"], other["final_loss"]) / seconds
             for result, other in zip(results, runs[rival], strict=True)
             if (seconds := time_to_loss(result["curve"], other["final_loss"])) is not None
         ]
@@ -575,6 +578,11 @@ def main() -> None:
     from hf_cram.budget import parse_duration
     from hf_cram.data.pipeline import DataArguments, prepare_corpus
 
+    arms = {}
+    for arm, point in itertools.product(options.arms.split(","), parse_overrides(options.sweep)):
+        name = " ".join([arm, *(f"{key}={value}" for key, value in point.items())])
+        arms[name] = split_fields({**read_arm(arm), **point})
+    time_budget_seconds = parse_duration(options.time_budget)
     corpus = prepare_corpus(
         DataArguments(
             train_files=options.text, text_column=options.text_column, vocab_size=options.vocab_size,
@@ -583,13 +591,9 @@ def main() -> None:
     )  # fmt: skip
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    arms = {}
-    for arm, point in itertools.product(options.arms.split(","), parse_overrides(options.sweep)):
-        name = " ".join([arm, *(f"{key}={value}" for key, value in point.items())])
-        arms[name] = split_fields({**read_arm(arm), **point})
     job = {
         "corpus": str(corpus.directory), "length": options.length, "eval_rows": options.eval_rows,
-        "max_steps": options.max_steps, "time_budget_seconds": parse_duration(options.time_budget),
+        "max_steps": options.max_steps, "time_budget_seconds": time_budget_seconds,
         "count_compile": options.count_compile, "output_dir": str(output_dir),
         "use_cpu": not torch.cuda.is_available(), "torch_compile": not options.no_compile,
         "one_thread": options.at_once > 1,

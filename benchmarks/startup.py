@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from command_line import run_main
+from command_line import run_main, verdict
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BARS = {"to the first step": 15.0, "to the start of training": 10.0}
@@ -44,7 +44,7 @@ def main() -> None:
         rounds = [start_once(folder) for _ in range(options.rounds)]
     for name, bar in BARS.items():
         seconds = statistics.median(result[name] for result in rounds)
-        print(f"{name}: {seconds:.1f} s (bar under {bar:.0f} s) {'PASS' if seconds < bar else 'MISSED'}")
+        print(f"{name}: {seconds:.1f} s (bar under {bar:.0f} s) {verdict(seconds < bar)}")
 
 
 if __name__ == "__main__":

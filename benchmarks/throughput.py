@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from command_line import choose, run_main
+from command_line import choose, run_main, verdict
 
 SHAPES = {
     "small": {"layers": 4, "hidden": 256, "heads": 4, "ffn": 1024, "micro_batch": 64, "steps": 20},
@@ -209,12 +209,12 @@ def main() -> None:
                 for a, b in zip(results["crammed"], results[arm], strict=True)
             ]
             ratio, bar = statistics.median(ratios), BARS.get(arm)
-            verdict = "" if bar is None else f"{bar:>8} {'PASS' if ratio >= bar else 'MISSED'}"
-            print(f"  {arm:<12}{rates[arm]:>10,.0f}{ratio:>16.2f}{verdict}")
+            passed = "" if bar is None else f"{bar:>8} {verdict(ratio >= bar)}"
+            print(f"  {arm:<12}{rates[arm]:>10,.0f}{ratio:>16.2f}{passed}")
         overhead = statistics.median(r["overhead"] for r in results["crammed"])
         print(
             f"  Trainer's overhead over the bare step: {overhead:.1%} (bar under {OVERHEAD_BAR:.0%}) "
-            f"{'PASS' if overhead < OVERHEAD_BAR else 'MISSED'}"
+            f"{verdict(overhead < OVERHEAD_BAR)}"
         )
 
 

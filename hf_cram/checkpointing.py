@@ -90,8 +90,8 @@ def save_errors(target: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"Saving {target} failed: {first_line(error)}. Earlier checkpoints are untouched; make room (or name another "
-            "--output_dir), then continue with --resume_from_checkpoint true"
+            f"Saving {target} failed: {first_line(error)}. Earlier checkpoints are untouched; make room, then continue "
+            "with --resume_from_checkpoint true (into another --output_dir with the last checkpoint's path instead of true)"
         ) from error
 
 

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +13,20 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .data.errors import DataError, first_line
+from .data.errors import DataError
 from .data.tokenization import read_tokenizer
 from .fine_tuning_args import EncoderArguments
 from .glue import GlueError
 from .glue_data import TaskData
 from .hardware import is_out_of_memory
-from .model_files import LOADING_ERRORS, content_of, has_file, hash_of
+from .model_files import LOADING_ERRORS, content_of, has_file, hash_of, loading_cause
 
 logger = logging.getLogger(__name__)
 
 # Few different lengths: kernels are made for each shape on CPUs (oneDNN), and tensor cores want multiples of 8.
 PADDING_MULTIPLE = 8
+# Classes whose heads may go by the names of a sequence classifier's.
+OTHER_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification")
 
 
 def fingerprint(encoder: EncoderArguments) -> str:
@@ -73,15 +76,33 @@ def load_config(encoder: EncoderArguments, **kwargs: Any) -> Any:
             encoder.model_name_or_path,
             revision=encoder.model_revision,
             trust_remote_code=encoder.trust_remote_code,
-            **kwargs,
         )
+        # Not by from_pretrained, which holds them against what the file says of another task.
+        for name, value in kwargs.items():
+            setattr(config, name, value)
     except LOADING_ERRORS as error:
-        raise GlueError(
-            f"model_name_or_path: no configuration loads from {encoder.model_name_or_path}: {cause(error)}"
-        ) from error
+        folder = Path(encoder.model_name_or_path)
+        is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+        why = (
+            "it is an adapter: merge it into its model first (merge_and_unload)"
+            if is_adapter
+            else loading_cause(error)
+        )
+        raise GlueError(f"model_name_or_path: no configuration loads from {folder}: {why}") from error
     set_dropout(config, encoder.dropout)
     set_pooling(config, encoder.pooling)
     return config
+
+
+def check_pairs(encoder: EncoderArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises [`GlueError`] where the classifier pools the texts of a pair apart, which the tokenizer cannot tell apart."""
+    if load_config(encoder).to_dict().get("classifier_pooling") != "segments":
+        return
+    if 1 not in tokenizer("a", "b", return_token_type_ids=True)["token_type_ids"]:
+        raise GlueError(
+            f"pooling: segments tells the texts of a pair apart, and the tokenizer of {encoder.model_name_or_path} gives "
+            "both the same token_type_ids: set --pooling mean or cls"
+        )
 
 
 def longest_example(encoder: EncoderArguments, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -128,10 +149,10 @@ def build_classifier(encoder: EncoderArguments, data: TaskData) -> PreTrainedMod
         if is_out_of_memory(error):
             raise
         raise GlueError(
-            f"model_name_or_path: {encoder.model_name_or_path} does not load as a sequence classifier: {cause(error)}"
+            f"model_name_or_path: {encoder.model_name_or_path} does not load as a sequence classifier: {loading_cause(error)}"
         ) from error
     encoder_prefix = f"{model.base_model_prefix}."
-    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+    if any(name.endswith(OTHER_HEADS) for name in config.architectures or ()):
         renew_head(model, encoder_prefix)
     if misshapen := [name for name, *_ in info["mismatched_keys"] if name.startswith(encoder_prefix)]:
         raise GlueError(
@@ -189,14 +210,3 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if shows_bar:
             transformers_logging.enable_progress_bar()
-
-
-def cause(error: BaseException) -> str:
-    """What went wrong, in one line: the first of a long story, all of a validation's."""
-    if isinstance(error, StrictDataclassError):
-        return " ".join(str(error).split())
-    is_bare = isinstance(error, AttributeError | LookupError | TypeError)
-    told = f"{type(error).__name__}: {first_line(error)}" if is_bare else first_line(error)
-    if "trust_remote_code" in str(error) and "trust_remote_code" not in told:
-        told += "; pass --trust_remote_code true if you trust it"
-    return told

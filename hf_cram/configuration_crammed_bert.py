@@ -133,8 +133,11 @@ class CrammedBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # The whole map, so that a masked-LM checkpoint loads into every head where this package is not installed.
-        self.auto_map = dict(AUTO_MAP)
-        kwargs.pop("auto_map", None)
+        # What a class of one's own has registered stays beside it.
+        given = kwargs.pop("auto_map", None) or {}
+        ours = set(AUTO_MAP.values())
+        own = {name: value for name, value in given.items() if str(value).rpartition("--")[2] not in ours}
+        self.auto_map = {**AUTO_MAP, **own}
         super().__post_init__(**kwargs)
 
     def validate_sizes(self) -> None:
@@ -142,6 +145,11 @@ class CrammedBertConfig(PreTrainedConfig):
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("type_vocab_size", "norm_eps", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.rotary_base > 0:
+            raise ValueError(f"rotary_base must be above 0, got {self.rotary_base}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "

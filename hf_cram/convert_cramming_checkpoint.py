@@ -527,7 +527,7 @@ def convert(source: Path, target: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and say what was written."""
-    parser = argparse.ArgumentParser(prog="hf_cram.convert_cramming_checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hf_cram.convert_cramming_checkpoint", description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help="folder of the checkpoint, or its file of weights")
     parser.add_argument("target", metavar="OUT", type=Path, help="new or empty folder for the converted one")
     options = parser.parse_args(arguments)
@@ -538,7 +538,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("hf_cram.convert_cramming_checkpoint: stopped; nothing was written", file=sys.stderr)
+        print("python -m hf_cram.convert_cramming_checkpoint: stopped; nothing was written", file=sys.stderr)
         sys.exit(130)
     except ConversionError as error:
-        sys.exit(f"hf_cram.convert_cramming_checkpoint: error: {error}")
+        sys.exit(f"python -m hf_cram.convert_cramming_checkpoint: error: {error}")

@@ -56,7 +56,8 @@ def cooccurrence_embeddings(
     embeddings = torch.zeros(vocab_size, hidden_size)
     embeddings[:, :rank] = left * singular_values.sqrt()
     embeddings[frequencies == 0] = 0
-    return embeddings / embeddings.square().mean().sqrt().clamp(min=1e-9)
+    # Of those that occur: a vocabulary of another text has many that do not.
+    return embeddings / embeddings[frequencies > 0].square().mean().sqrt().clamp(min=1e-9)
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """Files that are whole or absent."""
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +73,20 @@ def write_atomically(folder: Path, contents: Mapping[str, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name or, where the file system has no hard links, a copy. Raises `OSError`."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal hash of the content. Raises `OSError`."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def read_json(path: Path, *required: str) -> dict[str, Any]:
     """The object in the JSON file `path`. Raises `OSError`, and `ValueError` where it is none or lacks a key."""
     try:
@@ -82,6 +98,14 @@ def read_json(path: Path, *required: str) -> dict[str, Any]:
     if missing := [key for key in required if key not in values]:
         raise ValueError(f"no {', '.join(missing)}")
     return values
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no such file or it holds anything else."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
 
 
 def write_json_atomically(path: Path, values: dict[str, Any]) -> None:

@@ -126,6 +126,8 @@ class FineTuningArguments(OpenPrecisionArguments):
         for name in ("layer_lr_decay", "head_lr_multiplier", "embedding_lr_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         for name in ("seed", "data_seed"):
             if getattr(self, name) != DEFAULTS[name]:
                 raise ValueError(f"{name} is chosen by seeds: leave it out, and name one seed as '7,'")

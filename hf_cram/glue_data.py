@@ -1,6 +1,7 @@
 """The text of the tasks: GLUE from the Hub or a folder, or a task from files of one's own."""
 
 import glob
+import logging
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
@@ -17,11 +19,12 @@ from .data.sources import check_stamps, stamps_of
 from .glue import COLUMNS, TASKS, GlueError, Task, cause_of
 from .model_files import hash_of
 
+logger = logging.getLogger(__name__)
+
+NAMED_CLASSES = 5
 GLUE_NAME = "nyu-mll/glue"
 DIAGNOSTIC = "ax"  # predicted by the model of MNLI, and part of a submission
 EXTENSIONS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# A class or a text may be "None" or "NA".
-READING = {"csv": {"keep_default_na": False, "na_values": [""]}}
 ABSENT = ("na", "n/a", "nan", "null", "none")  # no number, among numbers
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 RESERVED_NAMES = {*TASKS, *COLUMNS, DIAGNOSTIC, "predictions", "checkpoints"}
@@ -80,16 +83,39 @@ def _read(kind: str, paths: Sequence[str], place: str) -> Dataset:
     """The rows of files. Raises [`GlueError`], naming the `place`, where they cannot be read or are none."""
     stamps = stamps_of(map(Path, paths))
     try:
+        if kind == "csv":
+            rows = _read_csv(paths)
+            check_stamps(stamps)
+            return rows
         # The library's own place goes by the files' names and times, and would hand out what others held.
         cache_dir = cache_of_folder(hash_of(kind, list(stamps)))
         files = [glob.escape(path) for path in paths]  # the library takes names for patterns
-        rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **READING.get(kind, {}))
+        rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir)
         check_copy(cache_dir, lambda: check_stamps(stamps))
         return rows
     except (DatasetsError, ValueError, OSError) as error:
-        if "corresponds to no data" in str(error):
+        if isinstance(error, NoRowsError) or "corresponds to no data" in str(error):
             raise GlueError(f"{place} holds no rows") from error
         raise GlueError(f"{place} cannot be read as {kind}: {cause_of(error)}") from error
+
+
+class NoRowsError(ValueError):
+    """A file has a header alone."""
+
+
+def _read_csv(paths: Sequence[str]) -> Dataset:
+    """
+    The rows of csv files, where the type of a column is that of all its values, and "None" and "NA" are values.
+
+    Not by the datasets library, which takes the first ten thousand rows for the type of all. Raises `ValueError` where
+    they cannot be read, and `OSError`.
+    """
+    frames = [pd.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False) for path in paths]
+    if not all(isinstance(frame.index, pd.RangeIndex) for frame in frames):  # a first column without a name
+        raise ValueError("rows have more fields than the header names: quote texts that hold commas")
+    if not any(map(len, frames)):
+        raise NoRowsError
+    return Dataset.from_pandas(pd.concat(frames), preserve_index=False)
 
 
 def _pick_splits(task: Task, splits: DatasetDict, source: str) -> TaskData:
@@ -165,6 +191,13 @@ def load_own_task(
             splits[split] = splits[split].cast_column("label", Value("float64"))
     else:
         label_names, splits = _number_labels(splits, label_column, files)
+    classes = (
+        f"{len(label_names)} classes ({', '.join(label_names[:NAMED_CLASSES])})" if label_names else "a regression"
+    )
+    logger.info(
+        "%s: text from %s; %s by %s; %s rows",
+        name, " and ".join(texts), classes, label_column, " / ".join(f"{len(split):,}" for split in splits.values()),
+    )  # fmt: skip
     headline = "accuracy" if label_names else "pearson"
     task = Task(name, texts, headline, label_names, {name: "validation"}, {name: "test"}, label_names)
     return _pick_splits(task, splits, train_file)

@@ -1,13 +1,19 @@
 """The examples of a task in token ids."""
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .glue import Task
+from .glue import GlueError, Task
 from .glue_data import TaskData
+
+logger = logging.getLogger(__name__)
+
+UNREAD_TOLD, UNREAD_REFUSED = 0.01, 0.5
 
 
 @dataclass
@@ -36,12 +42,30 @@ def encode_task(
     train = data.train
     if max_train_samples is not None and max_train_samples < len(train):
         train = train.shuffle(seed=0).select(range(max_train_samples))
+    encoded = encode(train, data.task, tokenizer, max_length)
+    _check_read(train, data.task, encoded, tokenizer)
     return EncodedTask(
         data,
-        encode(train, data.task, tokenizer, max_length),
+        encoded,
         {column: encode(split, data.task, tokenizer, max_length) for column, split in data.validation.items()},
         {name: encode(split, data.task, tokenizer, max_length) for name, split in data.test.items()},
     )
+
+
+def _check_read(
+    dataset: Dataset, task: Task, encoded: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises [`GlueError`] where the tokenizer can read hardly any of the texts, and warns where it cannot read some."""
+    special = set(tokenizer.all_special_ids)  # [UNK] among them
+    texts = zip(*(dataset[column] for column in task.text_columns), strict=True)
+    has_text = [any(text is not None and str(text).strip() for text in row) for row in texts]
+    unread = sum(has and special.issuperset(row["input_ids"]) for has, row in zip(has_text, encoded, strict=True))
+    share = unread / max(1, sum(has_text))
+    told = f"{task.name}: of {share:.0%} of the training texts the model's tokenizer knows no word or letter"
+    if share > UNREAD_REFUSED:
+        raise GlueError(f"{told}: fine-tune a model that reads their script")
+    if share > UNREAD_TOLD:
+        logger.warning("%s", told)
 
 
 def encode(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:

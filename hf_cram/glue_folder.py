@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import read_json
+from .files import read_object
 from .fine_tuning_args import EncoderArguments
 from .glue import GlueError
 
@@ -25,14 +25,6 @@ def output_folder(encoder: EncoderArguments, output_dir: str | None, endings: Se
     if not folder.is_dir():
         folder = Path("out", "glue", folder.name)
     return folder.with_name("-".join([folder.name, *endings, *(["from-scratch"] if encoder.from_scratch else [])]))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no such file or it holds anything else."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
 
 
 def check_replaceable(folder: Path, is_ours: Callable[[dict[str, Any]], bool]) -> None:

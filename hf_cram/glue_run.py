@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,9 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from tqdm import tqdm
 
-from .classifier import fingerprint, load_tokenizer, longest_example, pin
+from .classifier import check_pairs, fingerprint, load_tokenizer, longest_example, pin
 from .data.sources import check_stamps, stamps_of
-from .files import can_make, flush_to_disk, write_json_atomically
+from .files import can_make, flush_to_disk, read_object, write_json_atomically
 from .fine_tuning import FineTuner
 from .fine_tuning_args import EncoderArguments, FineTuningArguments
 from .glue import (
@@ -31,7 +32,7 @@ from .glue import (
 )
 from .glue_data import DIAGNOSTIC, GLUE_NAME, TaskData, load_glue_task, load_own_task
 from .glue_encoding import EncodedTask, encode_task
-from .glue_folder import DEFAULT_OUTPUT_DIR, KEPT_NAME, check_replaceable, output_folder, read_object
+from .glue_folder import DEFAULT_OUTPUT_DIR, KEPT_NAME, check_replaceable, output_folder
 from .glue_outputs import (
     CHART_NAME,
     PAIRS_NAME,
@@ -107,6 +108,10 @@ class GlueArguments:
             )
         if any(size < 1 for size in self.search_batch_size):
             raise ValueError(f"search_batch_size must be at least 1, got {min(self.search_batch_size)}")
+        for name in ("search_learning_rate", "search_num_train_epochs"):
+            for value in getattr(self, name):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} must be above 0, got {value}")
         for name in ("seeds", "search_seeds"):
             parse_seeds(name, getattr(self, name))
         if self.uses_own_data and (self.tasks or self.glue_data):
@@ -173,9 +178,12 @@ class GlueRun:
         self.model_id = name_model(encoder.model_name_or_path, encoder.from_scratch, encoder.model_revision)
         self._check_output_dir(endings, args.output_dir in (None, "", DEFAULT_OUTPUT_DIR))
         self.tasks = [self.own_data.task] if self.own_data else choose_tasks(glue.tasks, glue.glue_data)
+        if any(len(task.text_columns) > 1 for task in self.tasks):
+            check_pairs(encoder, self.tokenizer)
         # What is wrong with the last task shall be known before the first is trained.
         # Once: a file that changes while the run goes on is other data than what was read.
         self.data_ids = {task.name: self.data_id(task) for task in self.tasks}
+        self.trained_on = self._own_data_id(glue.train_file, glue.validation_file) if glue.uses_own_data else None
         self.data = {task.name: self.own_data or load_glue_task(task, glue.glue_data) for task in self.tasks}
         self.metrics = {task.name: load_metric(glue.metric, task) for task in self.tasks}
         regression = next((task.name for task in self.tasks if not task.label_names), None)
@@ -280,15 +288,17 @@ class GlueRun:
         """Names the data of a task: by content, where it lies in files."""
         glue = self.glue
         if glue.uses_own_data:
-            files = [
-                Path(path) for path in (glue.train_file, glue.validation_file, glue.test_file) if path is not None
-            ]
-            return hash_of([glue.text_columns, glue.label_column, glue.regression], files)
+            return self._own_data_id(glue.train_file, glue.validation_file, glue.test_file)
         if glue.glue_data is None:
             return GLUE_NAME
         folders = [task.name, *([DIAGNOSTIC] if task.name == "mnli" else [])]
         files = [path for name in folders for path in sorted(Path(glue.glue_data, name).glob("*.parquet"))]
         return hash_of(task.name, files)
+
+    def _own_data_id(self, *files: str | None) -> str:
+        glue = self.glue
+        paths = [Path(path) for path in files if path is not None]
+        return hash_of([glue.text_columns, glue.label_column, glue.regression], paths)
 
     def run(
         self, args: FineTuningArguments, seeds: Sequence[int], title: str = "", keep_model: bool = False
@@ -356,7 +366,6 @@ class GlueRun:
             scores = numbers_of(metric.compute(predictions=predictions, references=references))
             return {name: factor * value for name, value in scores.items()}
 
-        folder = self.output_dir / task.name
         staging = self.output_dir / f".{task.name}.saving"
         working_folder = self.output_dir
         if tuner.args.save_strategy != "no":  # with room to delete them, away from a pretraining run's
@@ -365,20 +374,7 @@ class GlueRun:
         check_stamps(self._model_files)  # else these are not the scores of the model that they would go by
         if self.is_main:
             if kept_as is not None:
-                write_json_atomically(staging / KEPT_NAME, {"model_id": self.model_id, **kept_as})
-                flush_to_disk(staging)
-                check_replaceable(folder, self._is_of_this_model)  # a training later
-                kept = read_object(folder / KEPT_NAME)
-                if kept and kept.get("data_id") != kept_as["data_id"]:
-                    aside = first_free(folder)
-                    folder.rename(aside)
-                    logger.warning("The model in %s is of other files, and was moved to %s", folder, aside)
-                elif folder.exists():
-                    if (folder / CARD_NAME).is_file():  # which a person may have written in
-                        shutil.copyfile(folder / CARD_NAME, staging / CARD_NAME)
-                        forget_own_data(staging)
-                    shutil.rmtree(folder)
-                staging.rename(folder)
+                self._keep_model(staging, self.output_dir / task.name, kept_as)
             for name, outputs in result.test_outputs.items():
                 path = self._prediction_path(setting_id, task, name, seed)
                 write_predictions(path, encoded.data.task, outputs)
@@ -389,6 +385,27 @@ class GlueRun:
             "examples_per_second": round(result.examples_per_second, 1),
             "setting": tuner.args.setting,
         }
+
+    def _keep_model(self, staging: Path, folder: Path, kept_as: dict[str, Any]) -> None:
+        """Move the fine-tuned model from `staging` to `folder`, where one of other files is moved aside."""
+        # A file to be predicted changes the pair, not the model.
+        trained_on = self.trained_on or kept_as["data_id"]
+        write_json_atomically(
+            staging / KEPT_NAME, {"model_id": self.model_id, "trained_on": trained_on, **kept_as}
+        )  # fmt: skip
+        flush_to_disk(staging)
+        check_replaceable(folder, self._is_of_this_model)  # a training later
+        kept = read_object(folder / KEPT_NAME)
+        if kept and kept.get("trained_on", kept.get("data_id")) != trained_on:
+            aside = first_free(folder)
+            folder.rename(aside)
+            logger.warning("The model in %s is of other files, and was moved to %s", folder, aside)
+        elif folder.exists():
+            if (folder / CARD_NAME).is_file():  # which a person may have written in
+                shutil.copyfile(folder / CARD_NAME, staging / CARD_NAME)
+                forget_own_data(staging)
+            shutil.rmtree(folder)
+        staging.rename(folder)
 
     def _holds_model(self, task: Task, key: dict[str, Any]) -> bool:
         """Whether the folder of the task's model holds the one of this pair; rank 0's answer counts."""
@@ -430,6 +447,8 @@ class GlueRun:
         name = self.model_name + (" from scratch" if self.encoder.from_scratch else "")
         if self.glue.metric is None:
             draw_chart(results, self.tasks, name, folder / CHART_NAME)
+        elif (earlier := folder / CHART_NAME).exists():  # of other scores
+            earlier.rename(first_free(earlier))
         headlines = headline_metrics(self.tasks)
         files = {}
         for task in self.tasks:
@@ -493,8 +512,11 @@ class GlueRun:
             return
         told = results if self.glue.metric is None else None  # the unit of another metric is not known
         try:
-            if not update_model_card(folder, told, metadata=self.card_metadata) and self.own_data is not None:
-                save_model_card(self._build_card(told), folder)
+            if not update_model_card(folder, told, metadata=self.card_metadata):
+                if self.own_data is not None:
+                    save_model_card(self._build_card(told), folder)
+                else:
+                    logger.warning("No card tells of the results: there is no %s in %s", CARD_NAME, folder)
             if folder.resolve() != self.output_dir.resolve():
                 self._make_way(folder, results)
                 for name in (RESULTS_NAME, *([] if told is None else [CHART_NAME])):

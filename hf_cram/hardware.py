@@ -2,15 +2,21 @@
 
 import contextlib
 import copy
+import ctypes
+import functools
 import importlib.util
 import inspect
 import os
+import platform
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,8 @@ from .data.collator import masked_tokens
 # What torch.compile is taken to bring to an encoder's training step, and what compiling may cost with a cold cache: on
 # the safe side of what was seen on 2 CPU cores (1.25 to 1.35 times; 20 to 25 s for 17 linear layers).
 COMPILE_SPEEDUP = 1.25
+# What it brings besides where attention changes with it (see `eager_attention_is_faster`): 1.2 to 1.31 times was seen.
+EAGER_ATTENTION_SPEEDUP = 1.2
 COMPILE_SECONDS = 20.0
 COMPILE_SECONDS_PER_LINEAR = 1.5
 MATMUL_ROWS = 4096
@@ -48,20 +56,35 @@ class MicroBatchMemoryError(MemoryError):
 @contextlib.contextmanager
 def memory_errors(argument: str, rows: int) -> Iterator[None]:
     """Turn running out of memory with `rows` rows a micro-batch, set by `argument`, into a [`MicroBatchMemoryError`]."""
+    is_training = argument == "per_device_train_batch_size"
+    way_out = " (python -m hf_cram.memory RECIPE calculates what fits)" if is_training else ""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MicroBatchMemoryError) or not is_out_of_memory(error):
             raise
-        raise MicroBatchMemoryError(
-            f"memory ran out with {argument} {rows}: lower it (python -m hf_cram.memory RECIPE calculates what fits)"
-        ) from error
+        raise MicroBatchMemoryError(f"memory ran out with {argument} {rows}: lower it{way_out}") from error
 
 
 def largest_linear_shape(model: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of the model's largest linear layer; (1024, 1024) for a model without one."""
-    shapes = [(module.out_features, module.in_features) for module in model.modules() if isinstance(module, nn.Linear)]
-    return max(shapes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
+    return max(linear_shapes(model), key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
+
+
+def describe_hardware(device: torch.device, world_size: int) -> str:
+    """The machine of `world_size` processes in one line: `2 x NVIDIA H100`, `1 x 8 CPU threads (x86_64)`."""
+    if device.type == "cuda":
+        return f"{world_size} x {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return f"{world_size} x {device.type.upper()} ({platform.machine()})"
+    return f"{world_size} x {torch.get_num_threads()} CPU threads ({platform.machine()})"
+
+
+def linear_shapes(model: nn.Module) -> Counter[tuple[int, int]]:
+    """How many linear layers of each (out_features, in_features) the model has."""
+    return Counter(
+        (module.out_features, module.in_features) for module in model.modules() if isinstance(module, nn.Linear)
+    )
 
 
 def _synchronize(device: torch.device) -> None:
@@ -103,15 +126,36 @@ def measure_matmul_flops(
     """
     inputs = torch.randn(MATMUL_ROWS, shape[1], device=device).to(dtype)
     weight = torch.randn(shape, device=device).to(dtype)
-    nn.functional.linear(inputs, weight)
+    # Into one place: new memory for each product takes a CPU as long as a third of it.
+    outputs = torch.empty(MATMUL_ROWS, shape[0], device=device, dtype=dtype)
+    torch.mm(inputs, weight.T, out=outputs)
     _synchronize(device)
     best, deadline = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < deadline:
         started = time.perf_counter()
-        nn.functional.linear(inputs, weight)
+        torch.mm(inputs, weight.T, out=outputs)
         _synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2.0 * MATMUL_ROWS * shape[0] * shape[1] / best
+
+
+def measure_peak_flops(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, seconds: float = 0.5, predicted_share: float = 1.0
+) -> float:
+    """
+    FLOP/s at which `device` would do nothing but the products of the model's linear layers, each of its shapes as fast as
+    [`measure_matmul_flops`] in a part of the `seconds`; logits are computed for `predicted_share` of the tokens.
+    """
+    work: dict[tuple[int, int], float] = {
+        shape: count * shape[0] * shape[1] for shape, count in linear_shapes(model).items()
+    }
+    decoder = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(decoder, nn.Linear):
+        shape = decoder.out_features, decoder.in_features
+        work[shape] -= (1 - predicted_share) * shape[0] * shape[1]
+    work = work or {largest_linear_shape(model): 1.0}
+    speeds = {shape: measure_matmul_flops(device, dtype, shape, seconds / len(work)) for shape in work}
+    return sum(work.values()) / sum(amount / speeds[shape] for shape, amount in work.items())
 
 
 def bf16_is_faster(device: torch.device, shape: tuple[int, int], seconds: float = 2.0) -> bool:
@@ -160,31 +204,58 @@ def _bf16_wins(device: torch.device, loss: Callable[[], torch.Tensor], seconds: 
 
 
 NO_COMPILER = (
-    "torch.compile needs Python's headers, on a CPU a C++ compiler, on a GPU a C compiler and Triton: install what is "
-    "missing, or do not compile"
+    "torch.compile needs Python's headers, on a CPU a C++ compiler that knows C++20 and a folder for temporary files that "
+    "may hold programs, on a GPU a C compiler and Triton: install what is missing, or do not compile"
 )
 
 
 def can_compile(device: torch.device) -> bool:
     """
-    Whether torch.compile's default backend has what it needs: Python's headers, and on a CPU a C++ compiler, on a GPU
-    Triton and the C compiler that it builds its launchers with.
+    Whether torch.compile's default backend has what it needs: Python's headers, and on a CPU a C++ compiler whose
+    libraries can be loaded, on a GPU Triton and the C compiler that it builds its launchers with.
     """
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         return False
     if device.type == "cpu":
-        return shutil.which(os.environ.get("CXX", "g++")) is not None
+        default = "clang++" if sys.platform == "darwin" else "g++"  # as torch chooses
+        return builds_libraries(os.environ.get("CXX", default), os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
-def compile_pays_off(model: nn.Module, device: torch.device, seconds_left: float | None) -> bool:
-    """Whether a compiled model gets further in `seconds_left` of the clock, compiling included; not known: no."""
+@functools.cache
+def builds_libraries(compiler: str, folder: str | None) -> bool:
+    """
+    Whether `compiler` builds what torch's kernels are, a C++20 library, and this process can load it from `folder`
+    (default: that of temporary files).
+    """
+    try:
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            source, library = Path(place) / "empty.cpp", Path(place) / "empty.so"
+            source.touch()
+            command = [compiler, "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library)]
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+            ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def compile_pays_off(
+    model: nn.Module, device: torch.device, seconds_left: float | None, changes_attention: bool = False
+) -> bool:
+    """
+    Whether a compiled model gets further in `seconds_left` of the clock, compiling included; not known: no.
+    `changes_attention`: the faster one comes with it (see [`eager_attention_is_faster`]).
+    """
     if seconds_left is None or not can_compile(device):
         return False
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     compile_seconds = COMPILE_SECONDS + COMPILE_SECONDS_PER_LINEAR * linears
-    return (seconds_left - compile_seconds) * COMPILE_SPEEDUP > seconds_left
+    speedup = COMPILE_SPEEDUP * (EAGER_ATTENTION_SPEEDUP if changes_attention else 1.0)
+    return (seconds_left - compile_seconds) * speedup > seconds_left
 
 
 def eager_attention_is_faster(model: Any, device: torch.device, bf16: bool, compiled: bool) -> bool:
@@ -200,6 +271,11 @@ def eager_attention_is_faster(model: Any, device: torch.device, bf16: bool, comp
     return device.type == "cpu" and bf16 and compiled and not drops_weights
 
 
+def takes_masked_positions(model: nn.Module) -> bool:
+    """Whether the model computes logits where it is told to only, at `masked_positions` (B, K)."""
+    return "masked_positions" in inspect.signature(model.forward).parameters
+
+
 def random_batch(
     model: nn.Module, vocab_size: int, batch: tuple[int, int], mlm_probability: float, device: torch.device
 ) -> dict[str, torch.Tensor]:
@@ -210,7 +286,7 @@ def random_batch(
     positions = torch.arange(count, device=device).expand(rows, count) * (length // count)  # (B, K)
     labels = torch.full_like(input_ids, -100).scatter(1, positions, input_ids.gather(1, positions))
     inputs = {"input_ids": input_ids, "labels": labels}
-    if "masked_positions" in inspect.signature(model.forward).parameters:
+    if takes_masked_positions(model):
         inputs["masked_positions"] = positions
     return inputs
 

@@ -15,7 +15,7 @@ from .hardware import (
     compile_pays_off,
     eager_attention_is_faster,
     largest_linear_shape,
-    measure_matmul_flops,
+    measure_peak_flops,
 )
 from .training_args import CramTrainingArguments, OpenPrecisionArguments
 
@@ -27,6 +27,8 @@ COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 def check_device(args: OpenPrecisionArguments) -> None:
     """Raises `ValueError` for what the arguments tell and their device cannot do."""
+    if args.mixed_precision not in COMPUTE_DTYPES:
+        raise ValueError(f"mixed_precision {args.mixed_precision} (of accelerate launch) is not known here: use bf16")
     if (args.fp16 or args.mixed_precision == "fp16") and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, and the device is a CPU: use bf16, or neither")
     needs_compiler = args.torch_compile_backend == "inductor" and args.device.type in ("cpu", "cuda")
@@ -38,20 +40,22 @@ class HardwareChoices:
     """
     Decides the fields of `args` that are open, by measuring, and sets the model's attention.
 
-    `matmul_peak` is the measured rate of matrix products in the precision decided on, in FLOP/s. Raises `ValueError`
-    as [`check_device`] does, and for an attention that the model or the machine does not have.
+    `matmul_peak` is the measured rate of the model's matrix products in the precision decided on, in FLOP/s, where logits
+    are computed for `predicted_share` of the tokens. Raises `ValueError` as [`check_device`] does, and for an attention
+    that the model or the machine does not have.
     """
 
-    def __init__(self, model: PreTrainedModel, args: CramTrainingArguments):
+    def __init__(self, model: PreTrainedModel, args: CramTrainingArguments, predicted_share: float = 1.0):
         check_device(args)
-        self.model, self.args = model, args
+        self.model, self.args, self.predicted_share = model, args, predicted_share
         self._is_bf16_open = args.bf16 is None and not args.fp16 and args.mixed_precision == "no"
         self._is_compile_open = args.torch_compile is None
         self._own_attention = model.config._attn_implementation
         self._choose_precision()
         self.matmul_peak = self._measure_matmul_peak()
         if self._is_compile_open:
-            self._set_compile(compile_pays_off(model, args.device, args.time_budget_seconds))
+            changes_attention = self._prefers_eager_attention(compiled=True)
+            self._set_compile(compile_pays_off(model, args.device, args.time_budget_seconds, changes_attention))
             missing = "" if can_compile(args.device) else f" ({NO_COMPILER})"
             logger.info("torch.compile is %s", "used" if args.torch_compile else f"not used{missing}")
         self._choose_attention()
@@ -93,11 +97,15 @@ class HardwareChoices:
         self.args.torch_compile = compiled
         self.args.torch_compile_backend = "inductor" if compiled else "no"
 
+    def _prefers_eager_attention(self, compiled: bool) -> bool:
+        """Whether attention is open, and a compiled (or not) run is faster with plain products."""
+        is_open = self.args.attn_implementation is None and self._own_attention == "sdpa"
+        return is_open and eager_attention_is_faster(self.model, self.args.device, bool(self.args.bf16), compiled)
+
     def _choose_attention(self) -> None:
         args, model = self.args, self.model
-        is_open = args.attn_implementation is None and self._own_attention == "sdpa"
         name = args.attn_implementation or self._own_attention
-        if is_open and eager_attention_is_faster(model, args.device, bool(args.bf16), bool(args.torch_compile)):
+        if self._prefers_eager_attention(bool(args.torch_compile)):
             name = "eager"
         if name == model.config._attn_implementation:
             return
@@ -108,4 +116,4 @@ class HardwareChoices:
 
     def _measure_matmul_peak(self) -> float:
         dtype = COMPUTE_DTYPES[self.args.mixed_precision]
-        return measure_matmul_flops(self.args.device, dtype, largest_linear_shape(self.model), PEAK_SECONDS)
+        return measure_peak_flops(self.model, self.args.device, dtype, PEAK_SECONDS, self.predicted_share)

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import shlex
 import shutil
 import sys
@@ -18,13 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, first_line, with_retries
+from .files import link_or_copy, sha256_of_file
+from .hub_errors import HubError, first_line, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +34,18 @@ FINISH_SECONDS = 900.0
 PUSHING_NAME = ".pushing"
 # One file, or the parts of one: no other weights that lie beside them.
 WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
+# What tells of the weights that it lies beside, and of no others.
+OF_WEIGHTS = (
+    ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png", "all_results.json", "glue_results.json", "glue_results.png",
+    "minimal_pairs_results.json",
+)  # fmt: skip
 # All that is ever pushed, beside the code files that config.json names: no optimiser, no state of a run, nothing else
 # that may lie in the folder.
 SHAREABLE = (
     "config.json", "generation_config.json", *WEIGHTS, "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model",
-    "bpe.codes", "emoji.json",
-    "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png",
-    "all_results.json", "glue_results.json", "glue_results.png", "minimal_pairs_results.json",
+    "bpe.codes", "emoji.json", "README.md", *OF_WEIGHTS,
 )  # fmt: skip
 
 
@@ -94,17 +98,6 @@ def _code_files(config_path: Path) -> set[Path]:
         raise HubError(f"{config_path}, or code it names, cannot be read ({error}): write the model again") from error
 
 
-def _with_retries(
-    action: Callable[[], Result], target: HubTarget, wait: Callable[[float], bool | None] = time.sleep
-) -> Result:
-    """The result of `action` on the repository `target`, as [`with_retries`] gets it."""
-
-    def explain_error(error: BaseException) -> HubError:
-        return explain(error, target.model_id, target.revision, "hub_model_id")
-
-    return with_retries(action, explain_error, RETRY_SECONDS, SILENCE_SECONDS, wait)
-
-
 def _create_repository(target: HubTarget) -> str:
     """Full name of the repository, created where it is absent."""
     return HfApi().create_repo(target.model_id, private=target.private, exist_ok=True).repo_id
@@ -117,7 +110,8 @@ def push_folder(
     wait: Callable[[float], bool | None] = time.sleep,
 ) -> str:
     """
-    Push what can be shared of `folder` in one commit and return the repository's address.
+    Push what can be shared of `folder` in one commit and return the repository's address. Where its weights take the
+    place of others, the scores and the recipe of those go with them.
 
     Raises [`HubError`] where there is no model in `folder`, and where the Hub cannot be had after some retries.
     """
@@ -127,11 +121,12 @@ def push_folder(
         repo_id = _create_repository(target)
         if target.revision is not None and not target.revision.startswith("refs/pr/"):
             HfApi().create_branch(repo_id, branch=target.revision, exist_ok=True)
-        operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
+        operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in names]
+        operations += [CommitOperationDelete(name) for name in _of_other_weights(folder, names, repo_id, target)]
         HfApi().create_commit(repo_id, operations, commit_message=commit_message, revision=target.revision)
         return f"{HfApi().endpoint}/{repo_id}"
 
-    return _with_retries(upload, target, wait)
+    return with_retries(upload, target.model_id, target.revision, "hub_model_id", wait=wait)
 
 
 def push_or_warn(folder: Path, target: HubTarget, commit_message: str = "Upload model") -> bool:
@@ -204,8 +199,11 @@ class HubPusher:
         shutil.rmtree(self.output_dir / PUSHING_NAME, ignore_errors=True)
 
     def _work(self) -> None:
+        target, wait = self.target, self._finishing.wait
         self._attempt(
-            lambda: _with_retries(lambda: _create_repository(self.target), self.target, self._finishing.wait)
+            lambda: with_retries(
+                lambda: _create_repository(target), target.model_id, target.revision, "hub_model_id", wait=wait
+            )
         )
         while True:
             with self._changed:
@@ -236,36 +234,61 @@ class HubPusher:
         self._has_warned = True
 
 
+def _of_other_weights(folder: Path, names: Sequence[str], repo_id: str, target: HubTarget) -> list[str]:
+    """Files of the repository, besides `names`, that tell of its weights, where these are others than those in `folder`."""
+    tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=target.revision)
+    files = {entry.path: entry.lfs for entry in tree if isinstance(entry, RepoFile)}
+    earlier = {name: None if lfs is None else lfs.sha256 for name, lfs in files.items() if _is_any_of(name, WEIGHTS)}
+    if earlier == {name: sha256_of_file(folder / name) for name in names if _is_any_of(name, WEIGHTS)}:
+        return []
+    return [name for name in files if name not in names and _is_any_of(name, OF_WEIGHTS)]
+
+
+def _is_any_of(name: str, patterns: Sequence[str]) -> bool:
+    path = PurePosixPath(name)
+    return any(path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in patterns)
+
+
 def _pin(folder: Path, pinned: Path, names: Sequence[str]) -> None:
     """Give the files `names` of `folder` a second place; their content stays when the first is deleted."""
     shutil.rmtree(pinned, ignore_errors=True)
     pinned.mkdir(parents=True)
     for name in names:
         (pinned / name).parent.mkdir(exist_ok=True)
-        try:
-            os.link(folder / name, pinned / name)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(folder / name, pinned / name)
+        link_or_copy(folder / name, pinned / name)
+
+
+def _name_of_run(folder: Path) -> str:
+    """The name of an output folder, also where `folder` is one of its checkpoints."""
+    return folder.parent.name if folder.name.startswith("checkpoint-") else folder.name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Push a folder and print where it is; ends with status 1 and one line where that fails."""
-    parser = argparse.ArgumentParser(prog="hf_cram.hub", description="Push a trained model to the Hugging Face Hub.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_cram.hub", description="Push a trained model to the Hugging Face Hub."
+    )
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="output folder of a run, or a checkpoint")
-    parser.add_argument("--hub_model_id", help="NAME or OWNER/NAME of the repository (default: the folder's name)")
+    parser.add_argument(
+        "--hub_model_id", help="NAME or OWNER/NAME of the repository (default: that of the output folder)"
+    )
     parser.add_argument("--private", action="store_true", default=None, help="if created, visible to its owner only")
     parser.add_argument("--hub_revision", help="branch to push to (default: main)")
     options = parser.parse_args(arguments)
-    target = HubTarget(options.hub_model_id or options.folder.resolve().name, options.private, options.hub_revision)
+    target = HubTarget(
+        options.hub_model_id or _name_of_run(options.folder.resolve()), options.private, options.hub_revision
+    )
     try:
         print(push_folder(options.folder, target))
     except KeyboardInterrupt:
-        print("hf_cram.hub: stopped; the same command pushes it again", file=sys.stderr)
+        print("python -m hf_cram.hub: stopped; the same command pushes it again", file=sys.stderr)
         sys.exit(130)
     except HubError as error:
-        sys.exit(f"hf_cram.hub: error: {error}")
+        sys.exit(f"python -m hf_cram.hub: error: {error}")
     except OSError as error:
-        sys.exit(f"hf_cram.hub: error: {error.filename or options.folder}: {error.strerror or first_line(error)}")
+        sys.exit(
+            f"python -m hf_cram.hub: error: {error.filename or options.folder}: {error.strerror or first_line(error)}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from httpx2 import InvalidURL
@@ -109,25 +109,26 @@ def _explain_without_answer(error: BaseException) -> HubError:
 
 def with_retries(
     action: Callable[[], Result],
-    explain_error: Callable[[BaseException], HubError],
-    retry_seconds: Sequence[float],
-    silence_seconds: float,
+    repo_id: str,
+    revision: str | None,
+    id_field: str,
+    is_download: bool = False,
     wait: Callable[[float], bool | None] = time.sleep,
 ) -> Result:
     """
-    The result of `action`, tried again after each of `retry_seconds` where that can help.
+    The result of `action` on a repository (the rest as of [`explain`]), tried again where that can help.
 
-    A server that is silent for `silence_seconds` counts as lost. `wait` waits for seconds and returns true to give up.
-    Raises [`HubError`] with the last cause.
+    A server that is silent for two minutes counts as lost. `wait` waits for seconds and returns true to give up. Raises
+    [`HubError`] with the last cause.
     """
-    for seconds in (*retry_seconds, None):
+    for seconds in (*RETRY_SECONDS, None):
         try:
-            with _one_voice(silence_seconds):
+            with _one_voice(SILENCE_SECONDS):
                 return action()
         # The client raises HTTP and system errors, its storage backend RuntimeErrors, bad answers are ValueErrors.
         # A proxy that cannot be is an address that is none, or needs another package.
         except (HTTPError, ImportError, InvalidURL, OSError, RuntimeError, ValueError) as error:
-            failure = explain_error(error)
+            failure = explain(error, repo_id, revision, id_field, is_download)
             if failure.is_final or seconds is None or wait(max(seconds, failure.retry_after_seconds)):
                 raise failure from error
     raise AssertionError("the last attempt returns or raises")

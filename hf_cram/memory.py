@@ -11,7 +11,6 @@ whose kernels keep smaller masks than a CPU's and no attention weights.
 """
 
 import contextlib
-import inspect
 import math
 import sys
 import weakref
@@ -29,6 +28,7 @@ from transformers.training_args import OptimizerNames
 
 from .data.collator import masked_tokens, parse_phases
 from .data.pipeline import DataArguments
+from .hardware import takes_masked_positions
 from .optimization import MuonWithAdamW, muon_parameter_groups
 from .recipes import RecipeParser
 from .script_args import RECIPE_PARTS, MaskingArguments, planned_config
@@ -203,7 +203,7 @@ class CountedTraining:
     def _batch(self) -> dict[str, torch.Tensor]:
         ids = torch.zeros(self.micro_batch, self.setup.max_seq_length, dtype=torch.long)  # (B, L)
         batch = {"input_ids": ids, "labels": ids.clone()}
-        if "masked_positions" in inspect.signature(self.model.forward).parameters:
+        if takes_masked_positions(self.model):
             batch["masked_positions"] = ids[:, : self.setup.masked_tokens].clone()  # (B, K)
         return batch
 
@@ -349,7 +349,8 @@ def main() -> None:
     for memory_gb in memory_args.gpu_memory_gb:
         memory_bytes = memory_gb * BYTES_PER_GB
         rows = largest_that_fits(config, setup, memory_bytes)
-        if rows < training_args.largest_batch_rows // training_args.world_size:  # a step then has several
+        is_split = rows < training_args.largest_batch_rows // training_args.world_size
+        if is_split and not setup.accumulates_gradients:  # a step then has several
             rows = largest_that_fits(config, replace(setup, accumulates_gradients=True), memory_bytes)
         print(f"{memory_gb:g} GB: largest micro-batch {rows}")
 

@@ -18,17 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .data.errors import DataError, first_line
 from .data.tokenization import read_tokenizer
-from .files import read_json, write_json_atomically
+from .files import read_json, read_object, write_json_atomically
 from .hardware import NO_COMPILER, can_compile, is_out_of_memory
 from .minimal_pair_sources import MinimalPair, MinimalPairsError, read_pairs
 from .model_card import ModelCardError, update_model_card
-from .model_files import LOADING_ERRORS, name_model
+from .model_files import LOADING_ERRORS, loading_cause, name_model
 from .output_folder import first_free
 from .pseudo_likelihood import BATCH_TOKENS, compile_encoder, pseudo_log_likelihoods
 
@@ -138,10 +137,9 @@ def load_model(
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        cause = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
-        if "trust_remote_code" in str(error):
-            cause = f"{cause} Pass --trust_remote_code if you trust it."
-        raise MinimalPairsError(f"{name_or_path} does not load as a masked language model: {cause}") from error
+        raise MinimalPairsError(
+            f"{name_or_path} does not load as a masked language model: {loading_cause(error)}"
+        ) from error
     if info["missing_keys"]:
         raise MinimalPairsError(
             f"{name_or_path} is no masked language model: it lacks {len(info['missing_keys'])} weights, "
@@ -165,7 +163,7 @@ def results_table(results: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="hf_cram.minimal_pairs",
+        prog="python -m hf_cram.minimal_pairs",
         description="How often a masked language model prefers the good sentence of a minimal pair.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name on the Hub of a masked language model")
@@ -226,10 +224,7 @@ def check_scores(output_dir: Path, model_folder: Path, model: dict[str, str]) ->
     if output_dir.resolve() == model_folder.resolve():
         return
     path = output_dir / RESULTS_NAME
-    try:
-        scored = read_json(path)
-    except (OSError, ValueError):  # nothing that could be lost
-        return
+    scored = read_object(path)
     if any(scored.get(name, value) != value for name, value in model.items()):
         raise MinimalPairsError(f"--output_dir: {path} holds the scores of another model: name another folder")
 
@@ -293,14 +288,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif model_folder.is_dir():
             share_with_model(results, model_folder, output_dir)
     except KeyboardInterrupt:
-        print("hf_cram.minimal_pairs: stopped; nothing was written", file=sys.stderr)
+        print("python -m hf_cram.minimal_pairs: stopped; nothing was written", file=sys.stderr)
         sys.exit(130)
     except (MinimalPairsError, OSError) as error:
-        sys.exit(f"hf_cram.minimal_pairs: error: {error}")
+        sys.exit(f"python -m hf_cram.minimal_pairs: error: {error}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(f"hf_cram.minimal_pairs: error: out of memory: lower --batch_tokens ({options.batch_tokens})")
+        sys.exit(
+            f"python -m hf_cram.minimal_pairs: error: out of memory: lower --batch_tokens ({options.batch_tokens})"
+        )
 
 
 if __name__ == "__main__":

@@ -11,14 +11,16 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import cached_file, extract_commit_hash
 
+from .hub_errors import first_line
+
 # The content of a checkpoint, as far as it decides the scores.
 HASHED_FILES = (
     "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
-    "special_tokens_map.json", "added_tokens.json", "*.py",
+    "special_tokens_map.json", "added_tokens.json", "adapter_config.json", "*.py",
 )  # fmt: skip
 # What a checkpoint with missing, damaged or contradictory files raises, and a Hub or a proxy that does not answer.
 LOADING_ERRORS = (
-    AttributeError, HTTPError, ImportError, InvalidURL, LookupError, OSError, RuntimeError, SafetensorError,
+    ArithmeticError, AssertionError, AttributeError, HTTPError, ImportError, InvalidURL, LookupError, OSError, RuntimeError, SafetensorError,
     StrictDataclassError, TypeError, ValueError,
 )  # fmt: skip
 
@@ -58,3 +60,14 @@ def hash_of(settings: Any, files: Sequence[Path] = ()) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
+
+
+def loading_cause(error: BaseException) -> str:
+    """What loading has raised, in one line: the first of a long story, all of a validation's."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())
+    is_bare = isinstance(error, AttributeError | LookupError | TypeError)
+    told = f"{type(error).__name__}: {first_line(error)}" if is_bare else first_line(error)
+    if "trust_remote_code" in str(error) and "trust_remote_code" not in told:
+        told += "; pass --trust_remote_code if you trust it"
+    return told

@@ -372,10 +372,13 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         is_packed = position_ids is not None or kwargs.get("cu_seq_lens_q") is not None
         if position_ids is None:
             if length > self.config.max_position_embeddings:
+                is_learned = self.config.position_embedding_type == "learned"
+                other = (
+                    "" if is_learned else ", or load the model with from_pretrained(..., max_position_embeddings=...)"
+                )
                 raise ValueError(
                     f"A sequence of {length} tokens is longer than max_position_embeddings "
-                    f"({self.config.max_position_embeddings}): truncate it, or load the model with "
-                    "from_pretrained(..., max_position_embeddings=...)"
+                    f"({self.config.max_position_embeddings}): truncate it{other}"
                 )
             position_ids = torch.arange(length, device=tokens.device).unsqueeze(0)  # (1, L)
         else:

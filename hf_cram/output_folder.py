@@ -6,15 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from filelock import Timeout
 
-from .checkpointing import CheckpointError, read_clock, step_of
-from .files import file_lock
+from .checkpointing import CheckpointError, RunState, clear_staging, last_checkpoint, read_clock, step_of
+from .files import file_lock, read_json
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".run.lock"
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
+# What run_glue.py and hf_cram.minimal_pairs leave in a model's folder, the card that tells of it, and the recipe.
+OF_EARLIER_WEIGHTS = (
+    "glue_results.*", "glue_submission.zip*", "minimal_pairs_results.json*", ".eval_results", "README.md", "recipe.yaml",
+)  # fmt: skip
 LOCK_SECONDS = 10.0  # the loader's workers of a killed run hold its lock until they notice
 
 
@@ -111,3 +116,32 @@ def move_earlier_run_aside(output_dir: Path) -> Path | None:
         ) from error
     folder.mkdir()
     return target
+
+
+def holds_result(folder: Path, step: int) -> bool:
+    """Whether a run has ended in `folder`, at `step` or later; rank 0's answer counts."""
+    try:
+        held = read_json(folder / "all_results.json", "optimizer_steps")["optimizer_steps"] >= step
+    except (OSError, ValueError):
+        held = False
+    return broadcast_object_list([held])[0]
+
+
+def set_earlier_results_aside(folder: Path) -> None:
+    """What earlier weights in the folder have scored is not the score of those that take their place."""
+    moved = set_aside(sorted(path for pattern in OF_EARLIER_WEIGHTS for path in folder.glob(pattern)), folder)
+    if moved is not None:
+        logger.warning("Scores, card and recipe of what was in the folder before were moved to %s", moved)
+
+
+def state_of_the_resumed(output_dir: Path, resume_from_checkpoint: str | bool | None) -> RunState | None:
+    """
+    What the run to resume has seen: it goes on with the same rows, whatever its budget and its speed are now. A checkpoint
+    that a kill has left half replaced is put back first. Raises [`CheckpointError`] for a folder that is no checkpoint, or
+    is another run's.
+    """
+    if resume_from_checkpoint and output_dir.is_dir():
+        with lock_run(output_dir):
+            clear_staging(output_dir)  # which puts back what a kill has left half replaced
+    checkpoint = last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+    return RunState.load(Path(checkpoint)) if checkpoint else None

@@ -58,6 +58,7 @@ class Plan:
     max_seq_length: int
     batch_rows: int
     micro_batch_rows: int
+    is_cpu: bool
 
     @property
     def batch_tokens(self) -> int:
@@ -94,7 +95,9 @@ class Plan:
             "max_grad_norm": 0.5, "adam_beta2": 0.98, "adam_epsilon": 1e-12, "weight_decay": 0.01,
             "embeddings_from_text": True, "mlm_probability": self.candidate.mlm_probability,
         }  # fmt: skip
-        if self.precision != "fp32":
+        if (
+            self.precision != "fp32" and not self.is_cpu
+        ):  # where the run measures which is faster: another may have no bf16
             recipe[self.precision] = True
         return recipe | {"logging_interval": "1%", "eval_interval": "25%", "save_interval": "10%"}
 
@@ -134,7 +137,9 @@ def choose(candidates: Sequence[Candidate], machine: Machine, max_seq_length: in
         batch_rows = min(max(nearest, SMALLEST_BATCH_ROWS), LARGEST_BATCH_ROWS)
         micro_batch_rows = min(batch_rows, MOST_ROWS_AT_ONCE_ON_CPU if machine.is_cpu else batch_rows)
         while micro_batch_rows >= SMALLEST_BATCH_ROWS:
-            plan = Plan(candidate, machine.precision, max_seq_length, batch_rows, micro_batch_rows)
+            plan = Plan(
+                candidate, machine.precision, max_seq_length, batch_rows, micro_batch_rows, machine.is_cpu
+            )  # fmt: skip
             if fits_memory(plan, machine):
                 return plan
             micro_batch_rows //= 2
@@ -232,7 +237,7 @@ class PlanArguments:
         if self.matmul_tflops is not None and self.memory_gb is not None:
             speed = self.matmul_tflops * 1e12
             return Machine(lambda shape: speed, "bf16", self.memory_gb * BYTES_PER_GB)
-        return measured_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return measured_machine(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

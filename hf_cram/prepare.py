@@ -98,7 +98,7 @@ def _training_args(training_fields: TrainingFields) -> CramTrainingArguments:
             "nothing limits the text: put a training recipe first, or set max_train_tokens, or text_for_budget: false"
         )
     asked_for = "fp16" if training_fields.fp16 else "bf16" if training_fields.bf16 else None
-    if asked_for and not torch.cuda.is_available() and not (asked_for == "bf16" and training_fields.use_cpu):
+    if asked_for and not torch.accelerator.is_available() and not (asked_for == "bf16" and training_fields.use_cpu):
         raise DataError(
             f"the recipe trains in {asked_for}, on a GPU that is not here, and its text follows from that one's speed: "
             "set max_train_tokens (a run logs the number it takes), and set the same for the run; or text_for_budget: "
@@ -175,7 +175,7 @@ def _predict_seconds(steps: list[dict[str, Any]], scale: float, arguments: DataA
 
 def _measure(arguments: DataArguments, num_documents: int) -> tuple[int, int, int | None]:
     """Documents and characters of the beginning of the text, and characters of all of it where that can be told."""
-    source = TextSource(arguments, open_cache(arguments))
+    source = TextSource(arguments, open_cache(arguments), workers=arguments.preprocessing_workers)
     documents = characters = 0
     for document in source.documents():
         documents, characters = documents + 1, characters + len(document)

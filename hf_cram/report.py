@@ -313,22 +313,35 @@ def draw_glue(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-def check_is_report(path: Path) -> None:
-    """Raises [`ReportError`] for a file of that name that no report has written."""
-    if path.is_file() and not path.read_bytes().startswith(f"| {COLUMNS['name']} |".encode()):
-        raise ReportError(f"{path} is no report of this program, and would be lost: name another --output_dir")
+def check_is_report(folder: Path) -> None:
+    """Raises [`ReportError`] for a file in `folder` that has a report's name and that no report has written."""
+    beginnings = {"report.md": f"| {COLUMNS['name']} |", "report.csv": ",".join(COLUMNS)}
+    ours = {
+        name: (folder / name).read_bytes().startswith(beginning.encode())
+        for name, beginning in beginnings.items()
+        if (folder / name).is_file()
+    }
+    if (folder / "report.png").is_file():  # a report's picture lies beside its tables
+        ours["report.png"] = any(ours.values())
+    for name, is_ours in ours.items():
+        if not is_ours:
+            raise ReportError(
+                f"{folder / name} is no report of this program, and would be lost: name another --output_dir"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the folders, write the report, print the table."""
-    parser = argparse.ArgumentParser(prog="hf_cram.report", description="One table and one picture across runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_cram.report", description="One table and one picture across runs."
+    )
     parser.add_argument("folders", metavar="DIR", nargs="+", help="output folder of a run")
     parser.add_argument("--output_dir", type=Path, default=Path("."), help="where the report goes (default: here)")
     parser.add_argument("--format", choices=("markdown", "csv"), default="markdown", help="of the printed table")
     options = parser.parse_args(arguments)
     runs = load_runs(options.folders)
     rows = runs + paper_rows()
-    check_is_report(options.output_dir / "report.md")
+    check_is_report(options.output_dir)
     tables = {"markdown": markdown_table(rows), "csv": csv_table(rows)}
     contents = {
         "report.md": f"{tables['markdown']}\n{NOTES}".encode(),
@@ -346,9 +359,9 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("hf_cram.report: stopped; nothing was written", file=sys.stderr)
+        print("python -m hf_cram.report: stopped; nothing was written", file=sys.stderr)
         sys.exit(130)
     except ReportError as error:
-        sys.exit(f"hf_cram.report: error: {error}")
+        sys.exit(f"python -m hf_cram.report: error: {error}")
     except OSError as error:  # a folder that is closed
-        sys.exit(f"hf_cram.report: error: {error.filename}: cannot be read ({error.strerror})")
+        sys.exit(f"python -m hf_cram.report: error: {error.filename}: cannot be read ({error.strerror})")

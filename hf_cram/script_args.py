@@ -1,7 +1,12 @@
 """What a training recipe may hold beside the Trainer's fields, for the main job and every program that reads its recipe."""
 
+import json
+import os
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
+
+import yaml
 
 from .configuration_crammed_bert import CrammedBertConfig
 from .data.collator import check_replacement, parse_phases
@@ -11,6 +16,7 @@ from .data.pipeline import DataArguments
 from .data.publish import PublishArguments
 from .data.tokenization import load_tokenizer
 from .recipes import ModelArguments
+from .training_args import CramTrainingArguments
 
 
 @dataclass
@@ -89,6 +95,14 @@ RECIPE_PARTS = (
     CardArguments,
 )
 
+# Of the Trainer's own fields, those that a recipe is made of.
+TRAINER_FIELDS = (
+    "learning_rate", "lr_scheduler_kwargs", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
+    "data_seed", "fp16", "bf16", "tf32", "activation_checkpointing", "train_sampling_strategy", "dataloader_num_workers",
+    "neftune_noise_alpha",
+)  # fmt: skip
+
 
 def check_row_length(max_seq_length: int, max_position_embeddings: int) -> None:
     """Raises [`DataError`] for rows that are longer than the model's positions."""
@@ -108,3 +122,30 @@ def planned_config(model_args: Any, data_args: DataArguments) -> CrammedBertConf
     values = {spec.name: getattr(model_args, spec.name) for spec in fields(model_args)}
     name = data_args.tokenizer_name
     return CrammedBertConfig(**values, vocab_size=len(load_tokenizer(name)) if name else data_args.vocab_size)
+
+
+def shareable(given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe in plain values: the fields that decide the result, without what belongs to a machine or an account."""
+    decisive = {*TRAINER_FIELDS, *CramTrainingArguments.__annotations__}
+    parts = (ModelArguments, DataArguments, TextBudgetArguments, MaskingArguments)
+    decisive |= {spec.name for part in parts for spec in fields(part)}
+    local = {"train_files", "cache_dir", "overwrite_cache", "preprocessing_workers"}
+    plain = {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in given.items()
+        if name in decisive - local and not is_local(name, value)
+    }
+    yaml.safe_dump(plain)  # a mistake of ours is to show before training
+    return plain
+
+
+def is_local(name: str, value: Any) -> bool:
+    """Whether a field of the recipe names what is on this machine: a tokenizer, a data set, or a source of a mix."""
+    if name in ("dataset_name", "tokenizer_name"):
+        return os.path.exists(str(value))
+    if name != "sources" or str(value).lower() == "none":
+        return False
+    sources = json.loads(value) if isinstance(value, str) else value
+    return any(
+        "train_files" in source or is_local("dataset_name", source.get("dataset_name")) for source in sources.values()
+    )

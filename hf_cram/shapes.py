@@ -2,20 +2,22 @@
 Sizes of the crammed BERT, and what a budget can do with each on a machine: its speed, its tokens, how near the best.
 """
 
+import contextlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForMaskedLM
 
 from .configuration_crammed_bert import CrammedBertConfig
 from .hardware import bf16_is_faster, measure_matmul_flops, random_batch, training_flops
 
-# Share of the matrix products' measured speed that training reaches, optimiser and data included (LOG.md: 89 % at the
+# Share of the decoder's measured speed that training reaches, optimiser and data included (LOG.md: 86 to 98 % at the
 # ten-minute size on a CPU; of GPUs it is not known).
 MATMUL_PEAK_SHARE = 0.85
 # Tokens of the text for each parameter where the loss is lowest, by the FLOPs of the whole run: of the study, where 1.4 M
@@ -24,6 +26,8 @@ MATMUL_PEAK_SHARE = 0.85
 TOKENS_PER_PARAMETER = ((1e14, 4.0), (1e18, 20 / 0.3))
 # Few tokens teach most with many of them masked (LOG.md, 27 November); many with 30 % (Wettig et al. 2023).
 MANY_MASKED, USUAL_MASKED, MANY_MASKED_UNTIL_TOKENS = 0.4, 0.3, 1e8
+# Of control groups, version 2 and 1, as a container sees its own.
+CGROUP_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
@@ -94,11 +98,20 @@ def measured_machine(device: torch.device) -> Machine:
         memory = torch.cuda.get_device_properties(device).total_memory
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = main_memory_bytes()
         precision = "bf16" if bf16_is_faster(device, (1024, 1024)) else "fp32"
     dtype = AUTOCAST_DTYPES[precision] or torch.float32
     speed = lru_cache(lambda shape: measure_matmul_flops(device, dtype, shape))
     return Machine(speed, precision, memory, is_cpu=device.type == "cpu")
+
+
+def main_memory_bytes() -> int:
+    """Main memory, or what the limit of this container leaves of it, in bytes."""
+    memory = psutil.virtual_memory().total
+    for path in CGROUP_MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # another system, or "max"
+            return min(memory, int(path.read_text()))
+    return memory
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,10 @@ class CramTrainer(Trainer):
             raise ValueError("The training dataset is empty")
         if args.eval_interval is not None and kwargs.get("eval_dataset") is None:
             raise ValueError("eval_interval is set, and there is no eval_dataset to evaluate on")
+        collator: Any = kwargs.get("data_collator")
+        is_sparse = isinstance(collator, DataCollatorForFixedCountMasking) and collator.return_masked_positions
         started = time_function()
-        self._hardware_choices = HardwareChoices(model, args)
+        self._hardware_choices = HardwareChoices(model, args, collator.mlm_probability if is_sparse else 1.0)
         self._setup_seconds = time_function() - started
         self._started_at = 0.0
         self.pusher: HubPusher | None = None
@@ -496,9 +498,9 @@ class CramTrainer(Trainer):
         for position in range(TRIED_ROWS):
             losses: list[Any] = []
             for count in (1, 2):
-                # The same masks and dropout.
+                # The same masks, and no dropout.
                 with keep_random_state(), keep_buffers(self.model), self.accelerator.autocast():
-                    loss = self.compute_loss(self.model.train(), self._few_rows(position), num_items_in_batch=count)
+                    loss = self.compute_loss(self.model.eval(), self._few_rows(position), num_items_in_batch=count)
                     losses.append(loss)
             if all(loss.isfinite() and loss != 0 for loss in losses):  # else no token of the row is masked
                 return not torch.equal(*losses)

@@ -24,7 +24,8 @@ ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")
 # Fields of the Trainer that mean nothing under a budget, and what does.
 REPLACED_FIELDS = {
     "num_train_epochs": "time_budget or max_steps",
-    "warmup_steps": "the warmup of lr_scheduler_kwargs, a fraction of the budget",
+    "warmup_steps": "the rise in lr_scheduler_kwargs, in fractions of the budget (warmup; triangle2's and one_cycle's is "
+    "peak_at)",
     "lr_scheduler_type": "lr_schedule",
 }
 REFUSED_FIELDS = {
@@ -85,6 +86,8 @@ class OpenPrecisionArguments(TrainingArguments):
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+            self.use_cpu = True  # the launcher's --cpu, which moves the model whatever the base class says
         # The base class knows bf16 on GPUs only, and refuses it on a CPU that was not asked for by use_cpu.
         asked_for_bf16, self.bf16 = self.bf16, False
         launcher = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()

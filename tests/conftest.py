@@ -7,20 +7,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+# The libraries are imported where they are used: the process that hands tests out to others needs none of them.
+
 # No test reaches a network or the user's own cache, whatever the machine's settings: read at import by the libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_cram-tests-")
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-
-import numpy as np
-import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
-
-from hf_cram import CrammedBertConfig, hardware_choices
-from hf_cram.data.workers import available_workers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -28,13 +23,25 @@ VOCAB_SIZE = 105
 
 # By the process that made it alone: forked ones end too.
 atexit.register(lambda home, pid: os.getpid() == pid and shutil.rmtree(home, True), os.environ["HF_HOME"], os.getpid())
-hardware_choices.PEAK_SECONDS = 0.05  # a hundred trainers measure it
-torch.set_num_threads(max(1, available_workers(None) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_of_the_machine():
+    """Several processes of tests share the cores; a hundred trainers measure matrix products, each once."""
+    import torch
+
+    from hf_cram import hardware_choices
+    from hf_cram.data.workers import available_workers
+
+    hardware_choices.PEAK_SECONDS = 0.0
+    torch.set_num_threads(max(1, available_workers(None) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(autouse=True)
 def progress_bars():
     """A program that a test has run in this process may have turned them off."""
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.enable_progress_bar()
 
 
@@ -46,14 +53,18 @@ def repository() -> Path:
 @pytest.fixture(scope="module")
 def one_thread():
     """Models this small are slower on two threads, in this process and in those that it starts."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def tiny_config() -> CrammedBertConfig:
+def make_tiny_config():
+    """A crammed BERT that is built in a moment."""
+    from hf_cram import CrammedBertConfig
+
     return CrammedBertConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
@@ -65,8 +76,17 @@ def tiny_config() -> CrammedBertConfig:
     )
 
 
+@pytest.fixture
+def tiny_config():
+    return make_tiny_config()
+
+
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
+    """A word is a token: `w0`, `w1`, ..., behind the special ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     special = {
         "pad_token": "[PAD]",
         "unk_token": "[UNK]",
@@ -80,7 +100,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
-class Rows(torch.utils.data.Dataset):
+class Rows:
     """Packed rows in memory: the shape of a prepared corpus."""
 
     def __init__(self, count: int, length: int = 16, seed: int = 0):
@@ -104,6 +124,8 @@ def rows() -> Rows:
 @pytest.fixture
 def python_environment() -> dict[str, str]:
     """Environment of a fresh Python process that imports the package from this checkout."""
+    import torch
+
     path = os.pathsep.join([str(REPOSITORY), *sys.path[1:]])
     return {
         **os.environ,

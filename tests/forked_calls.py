@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
-IMPORTS = "import json, os, runpy, sys, time, types\n"
+IMPORTS = "import atexit, json, os, runpy, sys, time, types\n"
 # `run(job)` of the program answers a job and returns an exit status; what it writes goes to the job's log.
 LOOP = """
 print("ready", flush=True)
@@ -25,7 +25,9 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    print("pid", pid, flush=True)
     print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+atexit._run_exitfuncs()
 os._exit(0)
 """
 
@@ -43,17 +45,21 @@ def logged_in_environment(url: str, token: str, home: Path) -> dict[str, str]:
 
 @contextmanager
 def forked_calls(program: str, environment: dict[str, str], folder: Path) -> Iterator[Callable[..., tuple[int, Path]]]:
-    """A function that runs a job, its keywords, in a fork of `program`: (exit status, log in `folder`)."""
+    """
+    A function that runs a job, its keywords, in a fork of `program`: (exit status, log in `folder`). `on_start`, if
+    given, is called with the fork's process id while it runs.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", IMPORTS + program + LOOP],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
 
-    def call(**job: object) -> tuple[int, Path]:
+    def call(on_start: Callable[[int], None] = lambda _: None, **job: object) -> tuple[int, Path]:
         log = folder / f"{len(list(folder.glob('*.log')))}.log"
         process.stdin.write(json.dumps({**job, "log": str(log)}) + "\n")
         process.stdin.flush()
+        on_start(int(process.stdout.readline().split()[1]))
         return int(process.stdout.readline().split()[1]), log
 
     yield call

@@ -322,7 +322,10 @@ def git_hash(content: bytes) -> str:
 
 def file_entry(path: str, content: bytes) -> dict:
     """A file as listings have it."""
-    return {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
+    entry = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
+    if path.endswith(LARGE_SUFFIXES):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return entry
 
 
 def folder_entry(path: str) -> dict:

@@ -633,7 +633,7 @@ def test_the_command_fails_in_one_line(tmp_path, paper_folder, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["convert", str(paper_folder), str(tmp_path / "ours")])
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("hf_cram.convert_cramming_checkpoint", run_name="__main__")
-    assert caught.value.code.startswith(f"hf_cram.convert_cramming_checkpoint: error: {path} is truncated")
+    assert caught.value.code.startswith(f"python -m hf_cram.convert_cramming_checkpoint: error: {path} is truncated")
     assert "\n" not in caught.value.code
     assert capsys.readouterr().out == ""
 

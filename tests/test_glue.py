@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import httpx2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,10 +22,25 @@ from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, SHARED, VOCAB_SIZE
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, Trainer, pipeline
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    Trainer,
+    pipeline,
+)
 
 import run_glue
-from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
+from hf_cram import (
+    CrammedBertConfig,
+    CrammedBertForMaskedLM,
+    CrammedBertForMultipleChoice,
+    CrammedBertForSequenceClassification,
+)
 from hf_cram.classifier import build_classifier, fingerprint, load_tokenizer, pin, set_dropout
 from hf_cram.fine_tuning import parameter_groups
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
@@ -104,6 +120,21 @@ def bert_folder(tokenizer, tmp_path):
     return folder
 
 
+@pytest.fixture
+def modernbert_folder(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "modernbert"
+    special = {f"{name}_token_id": tokenizer.cls_token_id for name in ("cls", "bos")}
+    special |= {f"{name}_token_id": tokenizer.sep_token_id for name in ("sep", "eos")}
+    config = ModernBertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id, **special,
+    )  # fmt: skip
+    ModernBertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 FAST = ["--learning_rate", "3e-3", "--num_train_epochs", "3", "--bf16", "false", "--dropout", "0"]
 
 
@@ -126,6 +157,13 @@ def prepared(model_folder, tmp_path, **glue):
 
 def results_of(folder):
     return json.loads((folder / "glue_results.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def charts_of_no_interest(request, monkeypatch):
+    """Drawing takes as long as a small run; one test looks at what is drawn."""
+    if request.function.__name__ != "test_all_outputs_of_a_run":
+        monkeypatch.setattr("hf_cram.glue_run.draw_chart", lambda *arguments: arguments[-1].write_bytes(b"\x89PNG"))
 
 
 # ---- Metrics and averages ----
@@ -202,6 +240,40 @@ def test_all_outputs_of_a_run(monkeypatch, capsys, glue_data, model_folder, tmp_
     agreement = np.mean([int(row[1]) == label for row, label in zip(table["SST-2.tsv"][1:], expected, strict=True)])
     assert agreement > 0.8
     assert {row[1] for row in table["MNLI-m.tsv"][1:]} <= {"entailment", "neutral", "contradiction"}
+
+
+def test_the_predictions_of_the_median_seed_are_submitted(monkeypatch, glue_data, model_folder, tmp_path):
+    arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "sst2", "--seeds", "2"]
+    run(monkeypatch, *arguments)
+    values = results_of(tmp_path / "out")["tasks"]["sst2"]["accuracy"]["values"]
+    chosen = median_seed(dict(enumerate(values, start=1)))
+    (other,) = (tmp_path / "out").rglob(f"SST-2.seed-{3 - chosen}.tsv")
+    with zipfile.ZipFile(tmp_path / "out" / "glue_submission.zip") as archive:
+        before = archive.read("SST-2.tsv")
+    other.write_text("x")
+    run(monkeypatch, *arguments)
+    with zipfile.ZipFile(tmp_path / "out" / "glue_submission.zip") as archive:
+        assert archive.read("SST-2.tsv") == before
+
+
+def test_a_limit_that_limits_nothing_is_not_told(glue_data, model_folder, tmp_path):
+    for limit, told in ((8, 8), (100_000, None)):
+        glue = {"glue_data": str(glue_data), "tasks": "wnli", "max_train_samples": limit}
+        assert prepared(model_folder, tmp_path, **glue)[0]._binding_limit() == told
+
+
+def test_own_data_that_changes_while_it_is_read_is_told(monkeypatch, tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\na,0\nb,1\n")
+    read = pd.read_csv
+
+    def rewrite(*arguments, **options):
+        path.write_text("text,label\nlater,0\nb,1\n")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(pd, "read_csv", rewrite)
+    with pytest.raises(GlueError, match="train.csv: it has changed since this run began"):
+        load_own_task(str(path), str(path))
 
 
 def test_a_run_goes_on_with_the_missing_pairs(monkeypatch, glue_data, model_folder, tmp_path):
@@ -307,6 +379,31 @@ def test_the_head_of_another_task_is_not_started_from(model_folder, glue_data, t
     assert not same & {"classifier.dense.weight", "classifier.out_proj.weight"}
 
 
+def test_heads_of_other_kinds_are_not_started_from(model_folder, glue_data, tokenizer, tmp_path):
+    """Their tensors may go by the same names, and have the same shapes."""
+    trained = CrammedBertForMultipleChoice.from_pretrained(model_folder)
+    trained.save_pretrained(tmp_path / "choices")
+    tokenizer.save_pretrained(tmp_path / "choices")
+    data = load_glue_task(TASKS["stsb"], str(glue_data))
+    weights = build_classifier(EncoderArguments(str(tmp_path / "choices")), data).state_dict()
+    assert trained.classifier.out_proj.weight.shape == weights["classifier.out_proj.weight"].shape
+    for name, tensor in trained.classifier.named_parameters():
+        if name.endswith("weight"):
+            assert not torch.equal(tensor, weights[f"classifier.{name}"])
+
+
+def test_a_classifier_of_two_classes_is_tuned_to_a_regression(model_folder, glue_data, tokenizer, tmp_path):
+    """The first loss has written the kind of its task into the configuration, without names of its classes."""
+    trained = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2)
+    trained.config.problem_type = "single_label_classification"
+    trained.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    encoder = EncoderArguments(str(tmp_path / "classifier"))
+    model = build_classifier(encoder, load_glue_task(TASKS["stsb"], str(glue_data)))
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    assert model(torch.tensor([[2, 5, 3]])).logits.shape == (1, 1)
+
+
 def test_the_prediction_head_is_no_part_of_a_classifier(glue_data, tokenizer, tmp_path):
     config = CrammedBertConfig.original_bert(
         vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
@@ -359,6 +456,26 @@ def test_the_gradient_is_that_of_the_step_however_it_is_cut(monkeypatch, request
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
+def test_examples_of_like_length_are_padded_together(monkeypatch, glue_data, model_folder, tmp_path):
+    """Each batch to its own longest example."""
+    seen, forward = {}, CrammedBertForSequenceClassification.forward
+
+    def note(self, input_ids=None, attention_mask=None, **inputs):
+        if self.training:
+            tokens, padded = seen.get(strategy, (0, 0))
+            seen[strategy] = tokens + int(attention_mask.sum()), padded + input_ids.numel()
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+
+    monkeypatch.setattr(CrammedBertForSequenceClassification, "forward", note)
+    monkeypatch.setattr("hf_cram.fine_tuning.PADDING_MULTIPLE", 1)
+    for strategy in ("group_by_length", "random"):
+        arguments = fast_arguments(model_folder, glue_data, tmp_path / strategy)
+        more = ["--per_device_train_batch_size", "4", "--train_sampling_strategy", strategy, "--max_steps", "8"]
+        run(monkeypatch, *arguments, "--tasks", "sst2", "--seeds", "1", *more)
+    shares = {strategy: tokens / padded for strategy, (tokens, padded) in seen.items()}
+    assert shares["group_by_length"] > shares["random"] + 0.05
+
+
 def test_examples_are_dropped_in_training_alone(monkeypatch, glue_data, model_folder, tmp_path):
     arguments = [*fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1"]
     run(monkeypatch, *arguments, "--dataloader_drop_last", "true")  # 16 validation examples, in batches of 64
@@ -375,12 +492,13 @@ def test_both_texts_of_a_pair_can_be_pooled_apart(monkeypatch, glue_data, model_
         run(monkeypatch, *arguments, "--tasks", "stsb", "--seeds", "1", "--pooling", "max")
 
 
-def test_other_architectures_are_scored_by_the_same_command(monkeypatch, glue_data, bert_folder, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("model", ["bert_folder", "modernbert_folder"])
+def test_other_architectures_are_scored_by_the_same_command(monkeypatch, request, glue_data, tmp_path, model):
+    out, folder = tmp_path / "out", request.getfixturevalue(model)
     recipe = tmp_path / "recipe.yaml"  # of a crammed model: what this one cannot take is left to it
     recipe.write_text("pooling: segments\n")
     run(
-        monkeypatch, recipe, "--pooling", "none", "--model_name_or_path", bert_folder, "--glue_data", glue_data,
+        monkeypatch, recipe, "--pooling", "none", "--model_name_or_path", folder, "--glue_data", glue_data,
         "--output_dir", out, *FAST, "--dropout", "none", "--tasks", "sst2", "--seeds", "1",
     )  # fmt: skip
     assert results_of(out)["tasks"]["sst2"]["accuracy"]["median"] > 80
@@ -630,16 +748,19 @@ def test_the_kept_model_is_the_one_of_the_results(monkeypatch, model_folder, tmp
 def test_a_model_of_other_data_of_that_name_is_moved_aside(monkeypatch, caplog, model_folder, tmp_path):
     kept = model_folder.with_name("model-train")
 
-    def weights_after(place, seed):
+    def weights_after(place, seed, *more):
         texts, labels = sentences(32, seed)
         file = tmp_path / place / "train.csv"
-        file.parent.mkdir()
+        file.parent.mkdir(exist_ok=True)
         datasets.Dataset.from_dict({"text": texts, "label": labels}).to_csv(file)
         run(monkeypatch, "--model_name_or_path", model_folder, "--train_file", file, "--validation_file", file, *FAST,
-            "--seeds", "1")  # fmt: skip
+            "--seeds", "1", *more)  # fmt: skip
         return (kept / "train" / "model.safetensors").read_bytes()
 
-    first, second = weights_after("reviews", 0), weights_after("tweets", 1)
+    first = weights_after("reviews", 0)
+    assert weights_after("reviews", 0, "--test_file", tmp_path / "reviews" / "train.csv") == first
+    assert not (kept / "train-1").exists()  # another file to predict is no other model
+    second = weights_after("tweets", 1)
     assert first != second
     assert (kept / "train-1" / "model.safetensors").read_bytes() == first
     assert results_of(kept / "train-1") != results_of(kept / "train")
@@ -900,6 +1021,84 @@ def test_scores_do_not_go_into_the_folder_of_a_model_that_has_not_made_them(
         run(monkeypatch, *arguments, option, value)
 
 
+def test_a_tokenizer_that_cannot_read_the_texts_is_told_before_training(monkeypatch, caplog, model_folder, tmp_path):
+    arguments = [
+        "--model_name_or_path", model_folder, "--output_dir", tmp_path / "out", *FAST, "--seeds", "1", "--train_file",
+        tmp_path / "train.csv", "--validation_file", tmp_path / "train.csv", "--save_models", "false",
+    ]  # fmt: skip
+    for unread, total in ((60, 100), (2, 100)):
+        texts = ["хорошо"] * unread + ["w1 w2"] * (total - unread)
+        rows = {"text": texts, "label": ["a", "b"] * (total // 2)}
+        datasets.Dataset.from_dict(rows).to_csv(tmp_path / "train.csv")
+        if unread > 50:
+            with pytest.raises(
+                GlueError, match="train: of 60% of the training texts the model's tokenizer knows no word"
+            ):
+                run(monkeypatch, *arguments)
+        else:
+            run(monkeypatch, *arguments)
+            assert "train: of 2% of the training texts the model's tokenizer knows no word" in caplog.text
+
+
+def test_pooling_by_segments_needs_a_tokenizer_that_tells_them_apart(monkeypatch, glue_data, model_folder, tmp_path):
+    loaded = AutoTokenizer.from_pretrained(model_folder)
+    loaded.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    loaded.save_pretrained(model_folder)
+    arguments = [
+        *fast_arguments(model_folder, glue_data, tmp_path),
+        "--pooling",
+        "segments",
+        "--seeds",
+        "1",
+        "--tasks",
+    ]
+    with pytest.raises(GlueError, match="pooling: segments tells the texts of a pair apart, .*: set --pooling mean"):
+        run(monkeypatch, *arguments, "stsb")
+    run(monkeypatch, *arguments, "sst2")
+
+
+def test_a_column_has_the_type_of_all_its_values(tmp_path):
+    """A half star far down makes a regression of whole ones, a word makes classes of numbers."""
+    for last, is_regression in (("4.5", True), ("unknown", False)):
+        lines = ["text,label", *(f"text {number},{number % 5}" for number in range(12_000)), f"text,{last}"]
+        (tmp_path / "train.csv").write_text("\n".join(lines))
+        data = load_own_task(*[str(tmp_path / "train.csv")] * 2)
+        assert data.is_regression == is_regression
+        assert is_regression or data.task.label_names == ("0", "1", "2", "3", "4", "unknown")
+
+
+def test_what_is_read_of_own_data_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "train.csv").write_text("id,text,label\nR-1,good,yes\nR-2,bad,no\n")
+    load_own_task(*[str(tmp_path / "train.csv")] * 2)
+    assert "train: text from id and text; 2 classes (no, yes) by label; 2 / 2 rows" in caplog.text
+
+
+def test_rows_of_own_data_with_too_many_fields_are_told(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\nHello, world,a\nGood, bye,b\n")
+    with pytest.raises(GlueError, match="train.csv cannot be read as csv: rows have more fields .*: quote texts"):
+        load_own_task(*[str(tmp_path / "train.csv")] * 2)
+
+
+def test_an_adapter_is_no_model(monkeypatch, glue_data, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        GlueError, match="no configuration loads from .*adapter: it is an adapter: merge it into its model"
+    ):
+        run(monkeypatch, *fast_arguments(tmp_path / "adapter", glue_data, tmp_path), "--tasks", "wnli")
+
+
+def test_results_without_a_card_say_so(monkeypatch, caplog, glue_data, model_folder):
+    run(
+        monkeypatch,
+        *[*FAST, "--model_name_or_path", model_folder, "--glue_data", glue_data, "--tasks", "wnli"],
+        "--seeds",
+        "1",
+    )
+    assert f"No card tells of the results: there is no README.md in {model_folder}" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["absent.csv", "notes.txt", "broken.csv", "broken.parquet", "empty.csv"])
 def test_own_files_that_cannot_be_read(tmp_path, name):
     if name != "absent.csv":
@@ -1058,6 +1257,10 @@ def test_a_metric_that_does_not_suit_a_task_is_known_before_training(monkeypatch
         ("--optim", "adafactor", "leave out optim"),
         ("--seed", "7", "seed is chosen by seeds: leave it out, and name one seed as '7,'"),
         ("--resume_from_checkpoint", "true", "an interrupted run goes on by itself"),
+        ("--num_train_epochs", "0", "num_train_epochs must be above 0, got 0.0"),
+        ("--search_learning_rate", "0", "search_learning_rate must be above 0, got 0.0"),
+        ("--search_learning_rate", "inf", "search_learning_rate must be above 0, got inf"),
+        ("--search_num_train_epochs", "0", "search_num_train_epochs must be above 0, got 0.0"),
         ("--seeds", "five", "seeds must be a number of seeds"),
         ("--search_seeds", "five", "search_seeds must be a number of seeds"),
         ("--validation_file", "dev.csv", "validation_file belongs to data of your own: name a train_file"),
@@ -1186,7 +1389,7 @@ def test_code_that_comes_with_a_checkpoint_is_run_where_so_told(monkeypatch, glu
     edit_json(
         model_folder / "config.json", model_type="foreign", auto_map={"AutoConfig": "configuration_foreign.Foreign"}
     )
-    with pytest.raises(GlueError, match="pass --trust_remote_code true if you trust it") as caught:
+    with pytest.raises(GlueError, match="pass --trust_remote_code if you trust it") as caught:
         run(monkeypatch, *fast_arguments(model_folder, glue_data, tmp_path), "--tasks", "wnli", "--seeds", "1")
     assert "\n" not in str(caught.value)
 

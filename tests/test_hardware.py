@@ -11,11 +11,13 @@ from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.hardware import (
     bf16_is_faster,
     bf16_trains_faster,
+    builds_libraries,
     can_compile,
     compile_pays_off,
     is_out_of_memory,
     largest_linear_shape,
     measure_matmul_flops,
+    measure_peak_flops,
     training_flops,
 )
 
@@ -45,6 +47,19 @@ def test_flops_of_a_row_are_those_of_its_matrix_products(tiny_config):
 def test_peak_is_measured():
     assert measure_matmul_flops(CPU, torch.float32, (64, 64), seconds=0.05) > 1e8
     assert measure_matmul_flops(CPU, torch.float32, (64, 64), seconds=0.0) > 1e6
+
+
+@pytest.mark.parametrize("predicted_share", [1.0, 0.25])
+def test_the_peak_of_a_model_is_that_of_its_products(tiny_config, monkeypatch, predicted_share):
+    """Of the logits, here ten times as slow, only those that are computed count."""
+    decoder = (VOCAB_SIZE, 32)
+    monkeypatch.setattr(
+        "hf_cram.hardware.measure_matmul_flops", lambda device, dtype, shape, _: 1e9 if shape == decoder else 1e10
+    )
+    layer = 3 * 32 * 32 + 32 * 32 + 32 * 64 + 32 * 32
+    layers, logits = 2 * layer, predicted_share * VOCAB_SIZE * 32
+    peak = measure_peak_flops(CrammedBertForMaskedLM(tiny_config), CPU, torch.float32, predicted_share=predicted_share)
+    assert peak == pytest.approx((layers + logits) / (layers / 1e10 + logits / 1e9))
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -86,6 +101,26 @@ def test_compiling_is_for_budgets_that_repay_it(tiny_config, monkeypatch):
     with torch.device("meta"):
         deep = CrammedBertForMaskedLM(CrammedBertConfig(num_hidden_layers=48))
     assert not compile_pays_off(deep, CPU, 600.0)
+
+
+def test_a_compiler_that_builds_nothing_is_none(tmp_path, monkeypatch):
+    """As of an old one, which does not know the language, or where a library cannot be loaded."""
+    script = tmp_path / "compiler"
+    for body, works in (("exit 1", False), ("exit 0", False), ('exec g++ "$@"', True)):
+        script.write_text(f"#!/bin/sh\n{body}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        builds_libraries.cache_clear()
+        assert can_compile(CPU) == works
+
+
+def test_a_change_of_attention_lets_shorter_budgets_pay_for_compiling(monkeypatch):
+    monkeypatch.setattr("hf_cram.hardware.can_compile", lambda device: True)
+    with torch.device("meta"):
+        model = CrammedBertForMaskedLM(CrammedBertConfig(num_hidden_layers=4))
+    budgets = (60.0, 180.0, 600.0)
+    assert [compile_pays_off(model, CPU, seconds) for seconds in budgets] == [False, False, True]
+    assert [compile_pays_off(model, CPU, seconds, True) for seconds in budgets] == [False, True, True]
 
 
 def test_running_out_of_memory_is_told_from_other_errors():

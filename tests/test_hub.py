@@ -48,9 +48,8 @@ COMMAND = re.compile(r"python -m hf_cram\.hub (.*)")
 # The waits between attempts, the client's included, are cut short.
 DRIVER = """
 import huggingface_hub.constants, huggingface_hub.utils._http as client
-import hf_cram.hub, run_mlm_cram
-hf_cram.hub.RETRY_SECONDS = (0.1, 0.2, 0.4)
-hf_cram.hub.SILENCE_SECONDS = 1.0
+import hf_cram.hub, hf_cram.hub_errors, run_mlm_cram
+hf_cram.hub_errors.RETRY_SECONDS, hf_cram.hub_errors.SILENCE_SECONDS = (0.1, 0.2, 0.4), 1.0
 client.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.02))})
 
 def run(job):
@@ -94,6 +93,8 @@ save_file(logits, target)
 def server():
     with running_hub() as server:
         yield server
+        assert server.received
+        assert not [body for body in server.received if TOKEN.encode() in body]  # of all that any test pushes
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +265,7 @@ def test_training_goes_on_where_there_is_no_hub(train, run):
         assert 1 <= log.count(f"hf_cram.hub {out}") <= 2  # at the end, and once at most before it
         status, log = run("hf_cram.hub", out, endpoint=endpoint)
         assert status == 1
-        assert log.strip() == f"hf_cram.hub: error: {REFUSED}"
+        assert log.strip() == f"python -m hf_cram.hub: error: {REFUSED}"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,7 @@ def test_a_proxy_that_cannot_be_is_one_line(monkeypatch, proxy):
     for name in ("all_proxy", "no_proxy", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(HubError, match="socksio|look at ALL_PROXY and HTTPS_PROXY") as caught:
-        with_retries(get_session, lambda error: explain(error, "me/x", None, "hub_model_id"), (0.0,), 1.0)
+        with_retries(get_session, "me/x", None, "hub_model_id")
     assert "\n" not in str(caught.value)
     assert "pa" not in str(caught.value).split("proxy")[0]
     assert caught.value.is_final
@@ -360,7 +361,26 @@ def test_a_checkpoint_can_be_pushed_by_the_command(pushed, run, server):
     (checkpoint,) = pushed[-1].glob("checkpoint-*")
     status, log = run("hf_cram.hub", checkpoint)
     assert status == 0, log
-    assert set(server.repositories[f"me/{checkpoint.name}"].files) == CODE | MODEL
+    # It goes to that of the run, whose weights it has: the scores stay.
+    assert set(server.repositories["me/crammed"].files) == CODE | MODEL | RESULTS
+    assert log.strip().splitlines()[-1] == f"{server.url}/me/crammed"
+
+
+def test_scores_leave_the_hub_with_their_weights_only(pushed, run, server, tmp_path):
+    model = shutil.copytree(pushed[-1], tmp_path / "scores", ignore=shutil.ignore_patterns("checkpoint-*"))
+    scores = [model / "glue_results.json", model / ".eval_results/glue.yaml"]
+    for path in scores:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    assert run("hf_cram.hub", model)[0] == 0
+    for path in scores:
+        path.unlink()
+    # Scores that were pushed from elsewhere: the weights are the same.
+    assert run("hf_cram.hub", model)[0] == 0
+    assert {"glue_results.json", ".eval_results/glue.yaml"} < set(server.repositories["me/scores"].files)
+    (model / "model.safetensors").write_bytes(b"others")
+    assert run("hf_cram.hub", model)[0] == 0
+    assert set(server.repositories["me/scores"].files) == CODE | MODEL | RESULTS
 
 
 def test_a_branch_is_made_where_it_is_absent(pushed, run, server):
@@ -393,6 +413,20 @@ def test_glue_results_and_card_are_pushed_with_the_model(pushed, run, server, tm
     assert TOKEN not in log
 
 
+def test_a_model_of_own_data_is_pushed_by_the_name_of_its_folder(pushed, run, server, tmp_path):
+    rows = {"text": ["the old man saw a boat", "a boat went home"] * 8, "label": ["good", "bad"] * 8}
+    Dataset.from_dict(rows).to_csv(tmp_path / "train.csv")
+    files = ["--train_file", tmp_path / "train.csv", "--validation_file", tmp_path / "train.csv"]
+    status, log = run(
+        REPOSITORY / "run_glue.py", "--model_name_or_path", pushed[-1], *files, "--output_dir", tmp_path / "reviews",
+        "--seeds", "1", "--bf16", "false", "--num_train_epochs", "1", "--push_to_hub", "true",
+    )  # fmt: skip
+    assert status == 0, log
+    files = server.repositories["me/reviews"].files
+    assert set(files) >= CODE | MODEL | {"README.md", "glue_results.json"}
+    assert ModelCard(files["README.md"].decode()).data.pipeline_tag == "text-classification"
+
+
 @pytest.mark.parametrize("mistake", ["no folder", "no model", "only checkpoints", "bad name", "bad card"])
 def test_a_users_mistake_is_one_line(pushed, run, tmp_path, mistake):
     folder, more, message = tmp_path / "out", [], {
@@ -412,15 +446,15 @@ def test_a_users_mistake_is_one_line(pushed, run, tmp_path, mistake):
     status, log = run("hf_cram.hub", folder, *more)
     assert status == 1
     (line,) = log.strip().splitlines()
-    assert line.startswith("hf_cram.hub: error: ")
+    assert line.startswith("python -m hf_cram.hub: error: ")
     assert message in line
 
 
 @pytest.mark.parametrize(
     ("fault", "status", "said"),
     [
-        (KeyboardInterrupt(), 130, "hf_cram.hub: stopped"),
-        (OSError(36, "File name too long", "x"), 1, "hf_cram.hub: error: x: "),
+        (KeyboardInterrupt(), 130, "python -m hf_cram.hub: stopped"),
+        (OSError(36, "File name too long", "x"), 1, "python -m hf_cram.hub: error: x: "),
     ],
 )
 def test_what_stops_a_push_is_one_line(monkeypatch, capsys, tmp_path, fault, status, said):
@@ -513,6 +547,17 @@ def test_training_never_waits_and_the_newest_checkpoint_is_pushed_next(tmp_path,
     assert uploads.get(timeout=10) == ("End of training", b"result")
     assert uploads.empty()
     assert not (tmp_path / hub.PUSHING_NAME).exists()
+
+
+def test_ctrl_c_in_the_last_push_leaves_the_command(tmp_path, monkeypatch, caplog):
+    write_model(tmp_path / "out")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "push_folder", interrupt)
+    assert not hub.push_or_warn(tmp_path / "out", HubTarget("me/x"), "End of training")
+    assert "Push it with: python -m hf_cram.hub" in caplog.text
 
 
 def test_a_result_is_not_pushed_beneath_a_checkpoint_that_is_late(tmp_path, monkeypatch, caplog):

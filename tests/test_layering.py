@@ -15,11 +15,11 @@ LAYERS = [
         "markup",
         "glue_metric",
         "hub_errors",
-        "model_files",
         "data",
     },
     {
         "modeling_crammed_bert",
+        "model_files",
         "budget",
         "optimization",
         "embedding_initialization",

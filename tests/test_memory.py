@@ -30,6 +30,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = TrainingSetup(max_seq_length=16, autocast_dtype=None, accumulates_gradients=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def estimates_are_kept():
+    """Searches ask for the same ones again and again."""
+    kept, estimate = {}, memory.estimate_training_memory
+
+    def estimate_once(config, setup, rows):
+        key = config.to_json_string(use_diff=False), config._attn_implementation, setup, rows
+        if key not in kept:
+            kept[key] = estimate(config, setup, rows)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "estimate_training_memory", estimate_once)
+        yield
+
+
 def weight_bytes(config):
     model = CrammedBertForMaskedLM(config)
     buffers = sum(buffer.nbytes for buffer in model.buffers())

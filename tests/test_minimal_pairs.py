@@ -324,7 +324,7 @@ def test_ctrl_c_is_one_line(model_folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main([str(model_folder), "--pairs", str(PAIRS)])
     assert caught.value.code == 130
-    assert capsys.readouterr().err.endswith("hf_cram.minimal_pairs: stopped; nothing was written\n")
+    assert capsys.readouterr().err.endswith("python -m hf_cram.minimal_pairs: stopped; nothing was written\n")
 
 
 @pytest.mark.parametrize(

@@ -509,10 +509,10 @@ def test_activation_checkpointing_gives_the_same_gradients(tiny_config):
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("kind", ["scaled_sinusoidal", "rotary"])
-def test_compiles_without_graph_breaks(tiny_config, kind):
+@pytest.mark.parametrize(("kind", "backend"), [("scaled_sinusoidal", "eager"), ("rotary", "aot_eager")])
+def test_compiles_without_graph_breaks(tiny_config, kind, backend):
     model = CrammedBertForMaskedLM(changed(tiny_config, position_embedding_type=kind)).train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     input_ids, labels, positions = masked_batch()
     loss = compiled(input_ids=input_ids, labels=labels, masked_positions=positions).loss
     torch.testing.assert_close(loss, model(input_ids=input_ids, labels=labels, masked_positions=positions).loss)
@@ -599,6 +599,10 @@ def test_auto_classes_know_the_model(tiny_config, tmp_path):
         body.embeddings.position_embeddings.table, hf_cram.modeling_crammed_bert.sinusoidal_table(64, 32)
     )
     assert set(CrammedBertConfig().auto_map) >= {"AutoConfig", "AutoModel", "AutoModelForMaskedLM"}
+    own = {"AutoModelForSequenceClassification": "mine.MyClassifier"}
+    moved = {"AutoModel": "someone/else--modeling_crammed_bert.CrammedBertModel"}  # whose code travels along anyway
+    again = CrammedBertConfig.from_dict(CrammedBertConfig(auto_map={**own, **moved}).to_dict())
+    assert again.auto_map == {**CrammedBertConfig().auto_map, **own}
     assert (tmp_path / "modeling_crammed_bert.py").is_file()  # the code travels with the checkpoint
 
 
@@ -710,6 +714,10 @@ def test_an_adapter_is_saved_with_its_whole_classifier(tiny_config, tmp_path):
         ({"num_attention_heads": 5}, "multiple of num_attention_heads"),
         ({"intermediate_size": 63}, "must be even"),
         ({"position_embedding_type": "fourier"}, "position_embedding_type"),
+        ({"initializer_range": -0.02}, "initializer_range must not be negative"),
+        ({"norm_eps": -1.0}, "norm_eps must not be negative"),
+        ({"type_vocab_size": -1}, "type_vocab_size must not be negative"),
+        ({"rotary_base": 0}, "rotary_base must be above 0"),
         (
             {"hidden_size": 12, "num_attention_heads": 4, "position_embedding_type": "rotary"},
             "must be even for rotary",

@@ -15,7 +15,14 @@ from hf_cram.memory import BYTES_PER_GB, RESERVE_BYTES
 from hf_cram.plan import choose, describe, describe_ratio, main, nearest_first, plan_training
 from hf_cram.recipes import RecipeParser
 from hf_cram.script_args import RECIPE_PARTS, planned_config
-from hf_cram.shapes import SHAPES, Machine, best_tokens_per_parameter, count_work, evaluate_shape
+from hf_cram.shapes import (
+    SHAPES,
+    Machine,
+    best_tokens_per_parameter,
+    count_work,
+    evaluate_shape,
+    main_memory_bytes,
+)
 from hf_cram.training_args import CramTrainingArguments
 
 # Matrix products in bf16, a second: those that 2 CPU cores reached, and a large GPU's.
@@ -98,13 +105,9 @@ def test_muon_comes_with_large_batches_and_the_rate_falls_with_the_width(day):
 def test_the_plan_for_ten_minutes_on_two_cores_is_the_quickstart():
     quickstart = yaml.safe_load((REPOSITORY / "training_args/quickstart.yaml").read_text())
     recipe = yaml.safe_load(yaml.safe_dump(plan_training("10m", CPU)[0].recipe("10m")))
-    # The batch of one micro-batch, the precision that is measured anyway, and the rows' usual length are its defaults.
+    # The batch of one micro-batch and the rows' usual length are its defaults.
     assert recipe.pop("train_batch_rows") == recipe["per_device_train_batch_size"]
-    assert (recipe.pop("bf16"), recipe.pop("max_seq_length"), recipe.pop("max_position_embeddings")) == (
-        True,
-        128,
-        512,
-    )
+    assert (recipe.pop("max_seq_length"), recipe.pop("max_position_embeddings")) == (128, 512)
     for key, value in recipe.items():
         given = quickstart[key]
         assert float(given) == value if isinstance(value, float) else given == value, key
@@ -130,7 +133,7 @@ def test_every_recipe_is_one_that_the_main_job_takes(tmp_path, max_seq_length):
         assert model.num_parameters() == plan.candidate.num_parameters
         assert data_args.max_seq_length == max_seq_length <= config.max_position_embeddings
         assert training_args.largest_batch_rows == plan.batch_rows
-        assert training_args.bf16 == (True if precision == "bf16" else None)
+        assert training_args.bf16 is None  # the run measures
 
 
 def test_ratios_of_the_table():
@@ -162,6 +165,14 @@ def test_a_budget_between_two_shapes_is_not_beyond_them(capsys):
     table = capsys.readouterr().out
     assert not table.splitlines()[1].endswith("<-")
     assert "The shapes end here" not in table
+
+
+def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch):
+    machine = main_memory_bytes()
+    for text, expected in (("1000000000\n", 10**9), ("max\n", machine), (str(2**63), machine)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr("hf_cram.shapes.CGROUP_MEMORY_LIMITS", (tmp_path / "absent", tmp_path / "memory.max"))
+        assert main_memory_bytes() == expected
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from hf_cram.data.errors import DataError
 from hf_cram.data.export import export_corpus
 from hf_cram.data.pipeline import DataArguments, prepare_corpus
 from hf_cram.launching import threads_of_a_process
-from hf_cram.prepare import main
+from hf_cram.prepare import TrainingFields, _training_args, main
 from hf_cram.recipes import ModelArguments
 from hf_cram.script_args import MaskingArguments, TextBudgetArguments
 from hf_cram.text_budget import is_limit_wanted, limit_text_to_budget, measure_tokens_per_second, round_up
@@ -87,10 +87,16 @@ def test_a_mistake_is_one_line(recipe, capsys, options, message):
     assert error.count("\n") == 1
 
 
-def test_the_command_of_the_readme(recipe, python_environment):
+def test_the_command_of_the_readme(recipe, tmp_path, python_environment):
     command = [sys.executable, "-m", "hf_cram.data.pipeline", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, env=python_environment)
+    environment = {**python_environment, "PYTHONHASHSEED": "5", "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    # Another process makes the same: tokenizer and rows.
+    assert main([str(recipe), "--cache_dir", str(tmp_path / "another")]) == 0
+    for name in ("tokenizer/tokenizer.json", "train.bin", "eval.bin"):
+        ((one,), (other,)) = ((tmp_path / cache / "corpora").glob(f"*/{name}") for cache in ("cache", "another"))
+        assert one.read_bytes() == other.read_bytes()
     assert "rows to train on, 16 held out" in done.stdout
     for step in ("tokenizer", "filter and tokenize", "pack"):
         assert f"{step}: " in done.stderr  # its progress bar
@@ -320,7 +326,7 @@ def test_the_limit_is_what_the_budget_can_consume(tmp_path, monkeypatch, caplog)
 
 
 def test_processes_on_a_cpu_share_its_cores(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr("hf_cram.data.workers.cpu_count", lambda: 12)
     before = torch.get_num_threads()
     with threads_of_a_process(3, torch.device("cpu")):
         assert torch.get_num_threads() == 4
@@ -434,6 +440,17 @@ def test_the_speed_is_that_of_the_training(tmp_path, tiny_config, monkeypatch):
         seen.clear()
         measure_tokens_per_second(tiny_config, training_args, (4, 16), 0.25)
         assert set(seen) == {expected}
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_any_accelerator_counts_as_the_one_that_trains(tmp_path, monkeypatch, is_there):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: is_there)
+    fields = TrainingFields(output_dir=str(tmp_path), time_budget="1h", bf16=True)
+    if is_there:
+        assert _training_args(fields).bf16
+    else:
+        with pytest.raises(DataError, match="trains in bf16, on a GPU that is not here"):
+            _training_args(fields)
 
 
 def test_a_thread_for_each_core_or_for_each_of_its_halves_is_one_machine(tmp_path, monkeypatch):

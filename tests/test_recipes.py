@@ -16,8 +16,8 @@ from hf_cram.data.pipeline import DataArguments
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
 from hf_cram.glue_run import GlueArguments
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
+from hf_cram.script_args import MaskingArguments
 from hf_cram.training_args import CramTrainingArguments
-from run_mlm_cram import MaskingArguments
 
 GLUE_RECIPES = sorted((REPOSITORY / "training_args").glob("glue*.yaml"))
 RECIPES = sorted({*(REPOSITORY / "training_args").glob("*.yaml")} - {*GLUE_RECIPES})

@@ -244,7 +244,7 @@ def test_a_folder_without_results_ends_the_program_in_one_line(make_run, tmp_pat
     monkeypatch.setattr(sys, "argv", ["report", str(empty)])
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("hf_cram.report", run_name="__main__")
-    assert caught.value.code.startswith(f"hf_cram.report: error: {empty} holds none of all_results.json")
+    assert caught.value.code.startswith(f"python -m hf_cram.report: error: {empty} holds none of all_results.json")
     assert "\n" not in caught.value.code
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
@@ -259,14 +259,15 @@ def test_missing_folder_and_unwritable_output_are_named(make_run, tmp_path):
         main([str(run), "--output_dir", str(in_the_way)])
 
 
-def test_a_file_of_a_person_is_not_replaced(make_run, tmp_path):
+@pytest.mark.parametrize("name", ["report.md", "report.csv", "report.png"])
+def test_a_file_of_a_person_is_not_replaced(make_run, tmp_path, name):
     folder = make_run("run", all_results=PRETRAINING)
     for _ in range(2):  # one of its own is
+        main([str(folder), "--output_dir", str(tmp_path / "own")])
+    (tmp_path / name).write_text("# My report\n")
+    with pytest.raises(ReportError, match=rf"{name} is no report of this program"):
         main([str(folder), "--output_dir", str(tmp_path)])
-    (tmp_path / "report.md").write_text("# My report\n")
-    with pytest.raises(ReportError, match=r"report\.md is no report of this program"):
-        main([str(folder), "--output_dir", str(tmp_path)])
-    assert (tmp_path / "report.md").read_text() == "# My report\n"
+    assert (tmp_path / name).read_text() == "# My report\n"
 
 
 def test_a_failed_write_leaves_the_earlier_report(make_run, tmp_path, monkeypatch):

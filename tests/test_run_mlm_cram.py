@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +17,11 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, VOCAB_SIZE, Rows
+from forked_calls import forked_calls
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from test_trainer import PARALLEL_SETTINGS, make_trainer
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from transformers.trainer_utils import SaveStrategy
 
@@ -28,10 +29,13 @@ from hf_cram.checkpointing import CheckpointError, RunState, last_checkpoint
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments
 from hf_cram.data.workers import available_workers
+from hf_cram.hardware import describe_hardware
 from hf_cram.launching import end_with_launcher, missing_processes, start_missing_processes, use_all_cores
+from hf_cram.output_folder import holds_result, state_of_the_resumed
 from hf_cram.recipes import ModelArguments, RecipeParser
+from hf_cram.script_args import MaskingArguments, shareable
 from hf_cram.training_args import CramTrainingArguments
-from run_mlm_cram import check_same_rows, limit_of_the_resumed, shareable
+from run_mlm_cram import check_same_rows, tell_of, train_and_save
 
 WORDS = ["the", "old", "man", "saw", "a", "boat", "near", "house", "and", "went", "home", "by", "night", "with", "his"]
 SMALL = [
@@ -56,52 +60,60 @@ def arguments(text, out, *more):
     return [str(REPOSITORY / "run_mlm_cram.py"), *files, *SMALL, *more]
 
 
-def run(command, environment, **options):
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=180,
-        **options,
-    )
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a job of forked_runs: (exit status, what it wrote)."""
+    paths = [REPOSITORY, REPOSITORY / "tests", *(path for path in sys.path if path not in ("", str(REPOSITORY)))]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    }  # fmt: skip
+    with forked_calls("from forked_runs import run\n", environment, tmp_path_factory.mktemp("logs")) as call_forked:
+
+        def run_job(kind, arguments, **options):
+            status, log = call_forked(kind=kind, arguments=[str(argument) for argument in arguments], **options)
+            return status, log.read_text()
+
+        yield run_job
 
 
 OF_EARLIER_WEIGHTS = {"glue_results.json", "minimal_pairs_results.json", "README.md", "recipe.yaml"}
 
 
 @pytest.fixture(scope="module")
-def finished(text, tmp_path_factory):
+def finished(text, run, tmp_path_factory):
     """One run from raw text to its end, stopped by SIGTERM on the way."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     out = tmp_path_factory.mktemp("run") / "out"
+
+    def stop(pid):
+        for _ in range(600):
+            if (out / "clock.json").is_file():
+                break
+            time.sleep(0.1)
+        time.sleep(1)
+        os.kill(pid, signal.SIGTERM)
+
     command = arguments(text, out, "--time_budget", "60s", "--logging_interval", "1s")
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
-    while not (out / "clock.json").is_file() and process.poll() is None:
-        time.sleep(0.2)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate()[1]
-    assert last_checkpoint(out), errors
+    status, told = run("program", command, on_start=stop)
+    assert last_checkpoint(out), told
     stopped = RunState.load(last_checkpoint(out))
     for name in OF_EARLIER_WEIGHTS:
         (out / name).write_text("mine")
-    more = ["--time_budget", f"{stopped.elapsed_seconds + 3}s", "--logging_interval", "1s", "--eval_interval", "50%",
-            "--resume_from_checkpoint", "true"]  # fmt: skip
-    return process.returncode, errors, stopped, run(arguments(text, out, *more), environment), out
+    more = ["--time_budget", f"{stopped.elapsed_seconds + 1.5}s", "--logging_interval", "0.5s",
+            "--eval_interval", "50%", "--resume_from_checkpoint", "true"]  # fmt: skip
+    return status, told, stopped, run("program", arguments(text, out, *more)), out
 
 
 def test_sigterm_saves_and_says_so(finished):
-    code, errors, stopped, _, _ = finished
+    code, told, stopped, _, _ = finished
     assert code == 128 + signal.SIGTERM
-    assert "Stopped by SIGTERM with a checkpoint: continue with --resume_from_checkpoint true" in errors
+    assert "Stopped by SIGTERM with a checkpoint: continue with --resume_from_checkpoint true" in told
     assert stopped.rows_seen > 0
 
 
 def test_resumed_run_ends_with_everything_in_the_output_folder(finished):
-    _, _, stopped, result, out = finished
-    assert result.returncode == 0, result.stderr[-2000:]
+    _, _, stopped, (status, told), out = finished
+    assert status == 0, told[-2000:]
     names = {path.name for path in out.iterdir()}
     assert names >= {"model.safetensors", "config.json", "tokenizer.json", "trainer_state.json", "all_results.json",
                      "loss_curve.png", "README.md", "modeling_crammed_bert.py"}  # fmt: skip
@@ -114,33 +126,30 @@ def test_resumed_run_ends_with_everything_in_the_output_folder(finished):
     assert results["tokens_seen"] > stopped.tokens_seen
     assert results["eval_perplexity"] == pytest.approx(np.exp(results["eval_loss"]))
     assert results["eval_loss"] < np.log(200)
-    assert len([line for line in result.stdout.splitlines() if "[MASK]" in line]) == 5
+    assert len([line for line in told.splitlines() if "[MASK]" in line]) == 5
 
 
 def test_scores_of_earlier_weights_are_set_aside(finished):
     """Of a run that goes on: what was scored were other weights."""
-    *_, result, out = finished
+    *_, (_, told), out = finished
     moved = {path.name for path in (out / "set-aside-1").iterdir()}
     assert moved == OF_EARLIER_WEIGHTS
     assert {(out / "set-aside-1" / name).read_text() for name in moved} == {"mine"}
     assert not (out / "glue_results.json").exists()
-    assert f"were moved to {out / 'set-aside-1'}" in result.stderr
+    assert f"were moved to {out / 'set-aside-1'}" in told
 
 
 @pytest.mark.slow
-def test_a_finished_run_that_is_resumed_keeps_its_result(finished, text, tmp_path):
+def test_a_finished_run_that_is_resumed_keeps_its_result(finished, text, run, tmp_path):
     """Its last checkpoint is of an earlier step, and others have written into its folder since."""
-    from run_mlm_cram import holds_result
-
     out = tmp_path / "out"
     shutil.copytree(finished[-1], out)
     (out / "glue_results.json").write_text("{}")
     (out / "README.md").write_text("mine")
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    result = run(arguments(text, out, "--time_budget", "1s", "--resume_from_checkpoint", "true"), environment)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "This run was finished: its result in" in result.stderr
+    status, told = run("program", arguments(text, out, "--time_budget", "1s", "--resume_from_checkpoint", "true"))
+    assert status == 0, told[-2000:]
+    assert "This run was finished: its result in" in told
     after = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert {name for name in before if after[name] != before[name]} <= {"clock.json", "loss_curve.png"}
     # A result of fewer steps than the checkpoint's is that of an earlier, shorter run.
@@ -183,8 +192,6 @@ def test_result_works_everywhere(finished):
 
 
 def test_recipe_beside_the_model_can_be_shared_and_run_again(finished):
-    from run_mlm_cram import MaskingArguments, shareable
-
     out = finished[-1]
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["learning_rate"] == 5e-3
@@ -230,24 +237,50 @@ def test_held_out_loss_is_that_of_the_saved_model(finished, text):
     assert loss == pytest.approx(recorded, abs=1e-4)
 
 
-def test_two_processes_launched_by_accelerate(text, tmp_path, python_environment):
+@pytest.mark.slow
+def test_accelerate_launches_two_processes(text, tmp_path, python_environment):
     out = tmp_path / "out"
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    environment = {**python_environment, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = arguments(text, out, "--time_budget", "2s", "--save_interval", "0.5s")
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (last_checkpoint(out) / "rng_state_1.pth").is_file()
+
+
+def test_processes_that_accelerate_has_not_started_are(monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` starts one, which becomes the launcher of two."""
+    started = []
+    monkeypatch.setattr(
+        "hf_cram.launching._parent_command", lambda: ["accelerate", "launch", "--cpu", "-n", "2", "a.py"]
+    )
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["a.py", "recipe.yaml"])
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    start_missing_processes()
+    ((program, *words),) = started
+    assert program == sys.executable
+    assert words == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "a.py", "recipe.yaml"]
+
+
+def test_two_processes_run_the_main_job(text, run, tmp_path):
+    out = tmp_path / "out"
     command = arguments(
-        text, out, "--time_budget", "3s", "--save_interval", "0.5s", "--eval_interval", "50%",
+        text, out, "--time_budget", "2s", "--save_interval", "0.5s", "--eval_interval", "50%",
         "--text_for_budget", "true", "--row_order", "sentence_length",
     )  # fmt: skip
-    environment = {**python_environment, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    result = run([*launcher, *command], environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    status, told = run("program", command, ranks=2)
+    assert status == 0, told[-3000:]
     results = json.loads((out / "all_results.json").read_text())
-    assert results["train_seconds"] >= 3
+    assert results["train_seconds"] >= 2
     assert (last_checkpoint(out) / "rng_state_1.pth").is_file()
-    assert result.stderr.count("The budget can consume about") == 1
-    assert result.stderr.count("Training reads the rows in their order (sentence_length)") == 1
+    assert told.count("The budget can consume about") == 1
+    assert told.count("Training reads the rows in their order (sentence_length)") == 1
     state = RunState.load(last_checkpoint(out))
     assert (state.row_order, state.max_train_tokens) == ("sequential", results["max_train_tokens"])
-    assert result.stderr.count("What preparing took") == 1
+    assert told.count("What preparing took") == 1
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert (recipe["text_for_budget"], recipe["row_order"]) == (True, "sentence_length")
     assert not {"max_train_tokens", "train_sampling_strategy"} & set(recipe)
@@ -267,19 +300,41 @@ def test_a_resumed_run_reads_its_text_for_the_same_tokens(tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
     RunState(max_train_tokens=5000).save(tmp_path / "checkpoint-7")
 
-    def limit(**values):
-        return limit_of_the_resumed(
-            CramTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, **values)
-        )
+    def state(**values):
+        args = CramTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, **values)
+        return state_of_the_resumed(tmp_path, args.resume_from_checkpoint)
 
-    assert limit(resume_from_checkpoint="true") == 5000
-    assert limit(resume_from_checkpoint=str(tmp_path / "checkpoint-7")) == 5000
-    assert limit() is None
+    assert state(resume_from_checkpoint="true").max_train_tokens == 5000
+    assert state(resume_from_checkpoint=str(tmp_path / "checkpoint-7")).max_train_tokens == 5000
+    assert state() is None
     (tmp_path / ".saving").mkdir()
     (tmp_path / "checkpoint-7").rename(tmp_path / ".saving" / "replaced-checkpoint-7")
-    assert limit(resume_from_checkpoint="true") == 5000
+    assert state(resume_from_checkpoint="true").max_train_tokens == 5000
     with pytest.raises(CheckpointError, match="no checkpoint folder .*checkpoint-8"):
-        limit(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+        state(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_another_text_than_that_of_the_resumed_run_is_not_prepared(text, tmp_path, monkeypatch):
+    import run_mlm_cram
+
+    (tmp_path / "checkpoint-7").mkdir()
+    RunState(dataset_id="another").save(tmp_path / "checkpoint-7")
+    command = arguments(text, tmp_path, "--max_steps", "9", "--use_cpu", "true", "--resume_from_checkpoint", "true")
+    monkeypatch.setattr(sys, "argv", [*command, "--cache_dir", str(tmp_path / "cache")])
+    monkeypatch.setattr("hf_cram.data.stages.write_token_shards", lambda *_, **__: pytest.fail("prepared"))
+    with pytest.raises(DataError, match="the run to resume has seen rows of the dataset another, and these would be"):
+        run_mlm_cram.main()
+
+
+def test_a_text_that_is_read_several_times_is_told(caplog):
+    caplog.set_level("INFO", "hf_cram")
+    rows = Rows(10, length=100)
+    rows.max_seq_length = 100
+    corpus = SimpleNamespace(train_dataset=rows, from_cache=True)
+    tell_of(corpus, 2800)
+    assert "The text has 1,000 tokens: the run reads it about 1.4 times" not in caplog.text
+    tell_of(corpus, 6000)
+    assert "The text has 1,000 tokens: the run reads it about 3.0 times" in caplog.text
 
 
 def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
@@ -291,6 +346,25 @@ def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
         runpy.run_path(str(REPOSITORY / "run_mlm_cram.py"), run_name="__main__")
     assert caught.value.code == 130
     assert capsys.readouterr().err == "run_mlm_cram.py: stopped; what was prepared and saved before is kept\n"
+
+
+@pytest.mark.parametrize(("step_of_result", "is_kept"), [(7, True), (6, False)])
+def test_the_result_of_a_finished_run_is_kept(tmp_path, monkeypatch, step_of_result, is_kept):
+    """Resumed, a run whose budget is used up has its last checkpoint, and a result that may be later."""
+    (tmp_path / "all_results.json").write_text(json.dumps({"optimizer_steps": step_of_result}))
+    saved = []
+    monkeypatch.setattr("run_mlm_cram.save_results", lambda *_: saved.append(1))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(resume_from_checkpoint=True, push_to_hub=False), train=lambda **_: None,
+        interrupted_by=None, was_used_up=True, output_dir=tmp_path, state=SimpleNamespace(global_step=7),
+        is_world_process_zero=lambda: False,
+    )  # fmt: skip
+    assert train_and_save(trainer, None, {}, 0.0, None, None) == 0
+    assert bool(saved) != is_kept
+
+
+def test_an_accelerator_without_a_name_is_no_cpu():
+    assert describe_hardware(torch.device("mps"), 1).startswith("1 x MPS (")
 
 
 def test_a_recipe_may_say_none_to_its_sources():
@@ -343,12 +417,12 @@ def test_a_launchers_single_thread_becomes_all_cores():
         pytest.param(["--output_dir", "/proc/out"], "No such file or directory: '/proc/out'", marks=pytest.mark.slow),
     ],
 )
-def test_a_users_mistake_is_one_line(text, tmp_path, python_environment, options, message):
-    result = run(arguments(text, tmp_path / "out", "--max_steps", "2", *options), python_environment)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("run_mlm_cram.py: error: ")
-    assert message in result.stderr.strip().splitlines()[-1]
+def test_a_users_mistake_is_one_line(text, tmp_path, run, options, message):
+    status, told = run("program", arguments(text, tmp_path / "out", "--max_steps", "2", *options))
+    assert status == 1
+    assert "Traceback" not in told
+    assert told.strip().splitlines()[-1].startswith("run_mlm_cram.py: error: ")
+    assert message in told.strip().splitlines()[-1]
 
 
 def test_rows_that_cannot_be_published_do_not_stop_the_training(monkeypatch, caplog):
@@ -375,55 +449,21 @@ def test_what_cannot_train_is_told_before_the_text_is_prepared(text, tmp_path, m
         run_mlm_cram.main()
 
 
-# Forks a run whenever it is asked to: the imports are paid once, the runs are processes of their own.
-SERVER = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-from test_trainer import make_trainer
-from conftest import Rows
-from hf_cram import CrammedBertConfig
-from transformers import AutoTokenizer
-config, tokenizer = CrammedBertConfig.from_pretrained(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[2])
-print("ready", flush=True)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        trainer = make_trainer(
-            config, tokenizer, line.strip(), max_steps=40, save_interval="5%", train_batch_rows=8,
-            batch_ramp_until=0.5, rate="0:0.4,0.5:0.2", dataset=Rows(50),
-        )
-        trainer.train(resume_from_checkpoint=True)
-        trainer.save_model()
-        os._exit(0)
-    print(pid, flush=True)
-    print("exit", os.waitpid(pid, 0)[1], flush=True)
-"""
-
-
 @pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_resumes_to_the_same_weights(
-    tiny_config, tokenizer, tmp_path, python_environment, kills
-):
+def test_killed_at_random_moments_it_resumes_to_the_same_weights(tiny_config, tokenizer, tmp_path, run, kills):
     """SIGKILL at any moment, saving included; what comes out in the end is the uninterrupted run, bit for bit."""
     tiny_config.hidden_dropout_prob = 0.1
     tiny_config.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(Path(__file__).parent), str(tmp_path / "base")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=python_environment,
-    )  # fmt: skip
-    lines = (line for line in server.stdout if line.split()[0].isdigit() or line.startswith(("ready", "exit")))
-    assert next(lines) == "ready\n"
 
     def run_once(out, kill_after):
-        server.stdin.write(f"{out}\n")
-        server.stdin.flush()
-        pid = int(next(lines))
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):  # it was quicker
-                os.kill(pid, signal.SIGKILL)
-        return int(next(lines).split()[1])
+        def kill(pid):
+            if kill_after is not None:
+                time.sleep(kill_after)
+                with contextlib.suppress(ProcessLookupError):  # it was quicker
+                    os.kill(pid, signal.SIGKILL)
+
+        return run("to_be_killed", [tmp_path / "base", out], on_start=kill)[0]
 
     rng = random.Random(0)
     started = time.monotonic()
@@ -442,13 +482,33 @@ def test_killed_at_random_moments_it_resumes_to_the_same_weights(
             result = load_file(out / "model.safetensors")
             assert all(torch.equal(tensor, result[name]) for name, tensor in expected.items())
             continue
-        assert status == signal.SIGKILL
+        assert status == -signal.SIGKILL
         killed += 1
         if (after := last_checkpoint(out)) is not None:
             state = RunState.load(after)
             load_file(after / "model.safetensors")
             assert state.elapsed_seconds >= elapsed
             assert json.loads((after / "trainer_state.json").read_text())["global_step"] > 0
-    server.stdin.close()
-    server.wait()
-    server.stdout.close()
+
+
+def test_two_processes_train_as_one(tiny_config, tokenizer, tmp_path, run):
+    """With equal steps as one process does, stopped and resumed too; by the clock, which they share, both alike."""
+    tiny_config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    status, told = run("parallel", [tmp_path], ranks=2)
+    assert status == 0, told[-3000:]
+    assert json.loads((tmp_path / "bert.rank0").read_text()) == pytest.approx(np.log(VOCAB_SIZE), rel=0.05)
+    one = make_trainer(tiny_config, tokenizer, tmp_path / "one", max_steps=6, dataset=Rows(50), **PARALLEL_SETTINGS)
+    one.train()
+    for kind in ("steps", "parts"):
+        two = load_file(tmp_path / kind / "model.safetensors")
+        for name, tensor in two.items():
+            assert (one.model.state_dict()[name] - tensor).abs().max() < 1e-5, (kind, name)
+        counts = json.loads((tmp_path / f"{kind}.rank0").read_text())
+        assert (counts["step"], counts["rows"], counts["tokens"]) == (
+            6, one.run_state.rows_seen, one.run_state.tokens_seen
+        )  # fmt: skip
+        assert counts["flops"] == pytest.approx(one.run_state.training_flops)
+    for kind in ("steps", "parts", "clock"):
+        assert (tmp_path / f"{kind}.rank0").read_text() == (tmp_path / f"{kind}.rank1").read_text()
+    assert RunState.load(last_checkpoint(tmp_path / "clock")).elapsed_seconds >= 1.0

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY, SHARED
@@ -57,6 +58,14 @@ def test_ratios_compare_times_to_the_rivals_final_loss():
     assert summary["time_ratio"]["slow"] is None  # one seed never gets there
 
 
+def test_a_rival_that_stands_still_counts_from_when_it_had_its_loss():
+    runs = {
+        "rival": [result(5.8, [[50.0, 5.8], [600.0, 5.8]])],
+        "fast": [result(4.0, [[10.0, 5.8], [600.0, 4.0]])],
+    }
+    assert speedrun.summarize(runs)["time_ratio"] == {"rival": 1.0, "fast": 5.0}
+
+
 def test_the_curve_of_several_seeds_leaves_out_what_one_run_lacks():
     runs = {"rival": [result(5.0, [[50.0, 6.0], [100.0, 5.0]]), result(5.2, [[110.0, 5.2]])]}
     assert speedrun.summarize(runs)["arms"]["rival"]["curve"] == [[105.0, 5.1]]
@@ -64,7 +73,7 @@ def test_the_curve_of_several_seeds_leaves_out_what_one_run_lacks():
 
 def test_a_misspelt_field_is_one_line(tokenizer):
     arm = speedrun.split_fields({**speedrun.read_arm("paper_v2"), "hiden_size": 32})
-    with pytest.raises(SystemExit, match="no field of crammed_bert or of training: .*hiden_size"):
+    with pytest.raises(ValueError, match="no field of crammed_bert or of training: .*hiden_size"):
         speedrun.build_model(arm, tokenizer)
 
 
@@ -89,13 +98,27 @@ def test_what_would_be_lost_is_told_before_the_first_run(monkeypatch, capsys, op
     assert message in capsys.readouterr().err
 
 
+def test_a_comparison_that_is_ended_ends_its_run(tmp_path, python_environment):
+    """SIGTERM, as of a supervisor: the run beneath would go on for the rest of its budget, beside the next."""
+    program = f"import subprocess, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n" + (
+        "from command_line import run_main\n"
+        "run_main(lambda: subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=python_environment)
+    child = psutil.Process(int(process.stdout.readline()))
+    process.terminate()
+    assert process.wait() == 143
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running()
+
+
 def test_a_mistake_in_any_arm_shows_before_the_first_run(tmp_path, tokenizer):
     job = {"max_steps": 5, "use_cpu": True, "output_dir": str(tmp_path), "length": 16}
     good = {**job, "arm": speedrun.split_fields(speedrun.read_arm("ours"))}
     speedrun.check_arms({"good": good}, tokenizer)
     for fields, message in (({"hiden_size": 32}, "hiden_size"), ({"lr_schedule": "flat"}, "lr_schedule")):
         bad = {**job, "arm": speedrun.split_fields({**speedrun.read_arm("ours"), **fields})}
-        with pytest.raises((SystemExit, ValueError), match=message):
+        with pytest.raises(ValueError, match=message):
             speedrun.check_arms({"good": good, "bad": bad}, tokenizer)
 
 
@@ -104,10 +127,10 @@ def test_a_run_that_fails_ends_the_comparison(tmp_path, monkeypatch):
 
     def fail(job, name):
         begun.append(name)
-        raise SystemExit("run a-0 failed")
+        raise ValueError("run a-0 failed")
 
     monkeypatch.setattr(speedrun, "run_job", fail)
-    with pytest.raises(SystemExit, match="a-0 failed"):
+    with pytest.raises(ValueError, match="a-0 failed"):
         speedrun.run_all({"a": {}, "b": {}}, 2, tmp_path)
     assert begun == ["a-0"]
 
@@ -127,9 +150,9 @@ def test_a_sweep_is_a_grid():
     grid = speedrun.parse_overrides(["learning_rate=1e-3,2e-3", "fp16=true"])
     assert [(point["learning_rate"], point["fp16"]) for point in grid] == [("1e-3", True), ("2e-3", True)]
     assert speedrun.parse_overrides([]) == [{}]
-    with pytest.raises(SystemExit, match="'oops' is not name=value"):
+    with pytest.raises(ValueError, match="'oops' is not name=value"):
         speedrun.parse_overrides(["oops"])
-    with pytest.raises(SystemExit, match="holds several fields: give each as a word"):
+    with pytest.raises(ValueError, match="holds several fields: give each as a word"):
         speedrun.parse_overrides(["learning_rate=1e-3,2e-3 hidden_size=64,128"])
     assert speedrun.parse_overrides(["lr_scheduler_kwargs={warmup: 0.1, decay_from: 0.4},{warmup: 0.2}"]) == [
         {"lr_scheduler_kwargs": {"warmup": 0.1, "decay_from": 0.4}}, {"lr_scheduler_kwargs": {"warmup": 0.2}}
@@ -151,6 +174,10 @@ def test_every_arm_builds(name, tokenizer):
         ({"mlm_probability": "0.5:0.15"}, 16, "mask rate"),
         ({"max_position_embeddings": 16}, 32, "--length 32: an arm has 16 positions"),
         ({"learning_rate": "fast"}, 16, "an arm: learning_rate must be a number, got 'fast'"),
+        ({"muon_learning_rate": "fast"}, 16, "an arm: a field of training has a value of another kind"),
+        ({"num_attention_heads": 3}, 16, r"no such crammed_bert: .*hidden_size \(32\) must be a multiple"),
+        ({"position_embedding_type": "rotry"}, 16, "no such crammed_bert: .*position_embedding_type"),
+        ({"hidden_act": "gelo"}, 16, "no such crammed_bert: .*gelo"),
     ],
 )
 def test_a_mistake_in_an_arm_shows_before_the_first_run(tokenizer, tmp_path, arm, length, message):
@@ -174,6 +201,7 @@ def test_an_earlier_comparison_in_the_folder_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--seeds", "0"], "--seeds must be at least 1"), (["--arms", "broken.yaml"], "broken.yaml"),
+     (["--arms", "our"], "no arm 'our': choose from paper_v2"), (["--time_budget", "soon"], "soon"),
      (["--probe", "glue", "--probe_seeds", "three"], "--probe_seeds must be a number of seeds"),
      (["--probe_seeds", "3"], "--probe_seeds is for a probe")],
 )  # fmt: skip
@@ -201,11 +229,6 @@ def test_runs_beside_each_other_have_no_clock(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         speedrun.main()
     assert "compare equal steps with --max_steps" in capsys.readouterr().err
-
-
-def test_an_unknown_arm_is_one_line():
-    with pytest.raises(SystemExit, match="no arm 'our': choose from paper_v2"):
-        speedrun.read_arm("our")
 
 
 def small_glue(folder):

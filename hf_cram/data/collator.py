@@ -1,5 +1,6 @@
 """Masking for masked language modeling: a fixed count a row, reproducible whatever process draws it."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def masked_tokens(mlm_probability: float, length: int) -> int:
 
 
 def check_replacement(mask_replace_prob: float, random_replace_prob: float) -> None:
-    """Raises ValueError where the two shares of the predicted tokens are none."""
+    """Raises ValueError for shares of the predicted tokens below 0, or above 1 together."""
     if not (min(mask_replace_prob, random_replace_prob) >= 0 and mask_replace_prob + random_replace_prob <= 1):
         raise ValueError(
             "mask_replace_prob and random_replace_prob must be at least 0 and together at most 1, got "
@@ -98,7 +99,9 @@ class DataCollatorForFixedCountMasking:
         self.is_special[tokenizer.all_special_ids] = True
         self.ordinary_ids = np.flatnonzero(~self.is_special)
         # In shared memory, so that loader workers follow the phases too.
-        self._mlm_probability = torch.tensor(self.phases[0][1], dtype=torch.float64).share_memory_()
+        self._mlm_probability = torch.tensor(self.phases[0][1], dtype=torch.float64)
+        with contextlib.suppress(RuntimeError):  # a system without it has no such workers
+            self._mlm_probability.share_memory_()
 
     @property
     def mlm_probability(self) -> float:
@@ -112,6 +115,8 @@ class DataCollatorForFixedCountMasking:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [np.asarray(feature["input_ids"]) for feature in features]
+        if any(not np.all(feature["attention_mask"]) for feature in features if "attention_mask" in feature):
+            raise ValueError("rows must not be padded: pack them first")
         lengths = {len(row) for row in rows}
         if len(lengths) > 1:
             raise ValueError(

@@ -14,6 +14,7 @@ from ..markup import table_cell
 from .errors import DataError
 from .languages import language_code
 
+RECIPE_POSITIONS = 512  # of the model in the recipe that the card names
 TEMPLATE = Path(__file__).with_name("data_card_template.md")
 # What the Hub takes in the front matter of a card.
 HUB_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
@@ -100,6 +101,7 @@ def build_data_card(
             }
             for name, split in splits.items()
         ],
+        positions=f" --max_position_embeddings {length}" if length > RECIPE_POSITIONS else "",
         tables=statistics_tables(description["statistics"]),
         settings=yaml.safe_dump(dict(description["settings"]), sort_keys=True, allow_unicode=True).strip(),
         score_words=score_words,

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ..files import can_make, file_lock, flush_to_disk
+from ..files import can_make, file_lock, flush_to_disk, sha256_of_file
 from .data_card import build_data_card, draw_histogram
 from .errors import DataError, system_cause
 from .ordering import HISTOGRAM_BINS, OrderingArguments, score_rows
-from .packing import PackedRows
+from .packing import PackedRows, read_rows
 from .published import (
     COLUMN,
     DESCRIPTION_NAME,
     TOKENIZER_FOLDER,
     VERSION,
     VERSION_KEY,
-    sha256_of_file,
     without_folders,
 )
 from .steps import progress_bar
@@ -147,19 +146,12 @@ def _write_file(rows: PackedRows, start: int, end: int, path: Path, digest: Any)
     """Write rows `start` to `end` as parquet into `path`, and their ids into `digest`."""
     from datasets import Dataset
 
-    ids = _read_rows(rows, start, end).ravel()
+    ids = read_rows(rows.path, rows.dtype, rows.max_seq_length, start, end).ravel()
     digest.update(ids.data)
     column = pa.FixedSizeListArray.from_arrays(pa.array(ids), rows.max_seq_length)
     table = pa.table({COLUMN: column}, schema=_features(rows).arrow_schema)
     # The fingerprint names no content: nothing is cached under it, and the library's own would cost a pass.
     Dataset(table, fingerprint=path.stem).to_parquet(path, batch_size=max(1, GROUP_TOKENS // rows.max_seq_length))
-
-
-def _read_rows(rows: PackedRows, start: int, end: int) -> np.ndarray:
-    """Rows `start` to `end`, (N, max_seq_length): read, since the pages of a map would count as memory in use."""
-    length = rows.max_seq_length
-    offset = start * length * rows.dtype.itemsize
-    return np.fromfile(rows.path, rows.dtype, (end - start) * length, offset=offset).reshape(-1, length)
 
 
 def _write_tokenizer(corpus: "PreparedCorpus", folder: Path) -> None:
@@ -201,7 +193,8 @@ def _histogram(corpus: "PreparedCorpus") -> tuple[bytes, str]:
         return draw_histogram(scores["counts"], scores["edges"], scores["row_order"]), words
     rows = corpus.train_dataset
     step = math.ceil(len(rows) / SCORED_ROWS)
-    sample = np.concatenate([_read_rows(rows, index, index + 1) for index in range(0, len(rows), step)])
+    shape = rows.path, rows.dtype, rows.max_seq_length
+    sample = np.concatenate([read_rows(*shape, index, index + 1) for index in range(0, len(rows), step)])
     measured = score_rows(sample, corpus.tokenizer, OrderingArguments(row_order="sentence_length"))
     counts, edges = np.histogram(measured, HISTOGRAM_BINS)
     words = (

@@ -20,7 +20,7 @@ from httpx2 import InvalidURL
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
+from ..hub_errors import SILENCE_SECONDS, HubError, with_retries
 from .errors import DataError, SkipReport, TextChangedError, first_line, system_cause
 from .input_files import files_below, fingerprint_files, format_suffix
 from .text_files import ReadProgress, check_documents, missing_column
@@ -150,14 +150,10 @@ def commit_of(name: str, revision: str | None) -> str:
     The commit that a revision of a Hub data set names now: that of a stream which was opened between two equal answers.
     Raises [`DataError`].
     """
-
-    def explain_error(error: BaseException) -> HubError:
-        return explain(error, name, revision, "dataset_name", is_download=True)
-
     try:
         sha = with_retries(
             lambda: HfApi().dataset_info(name, revision=revision, timeout=SILENCE_SECONDS).sha,
-            explain_error, RETRY_SECONDS, SILENCE_SECONDS,
+            name, revision, "dataset_name", is_download=True,
         )  # fmt: skip
     except HubError as error:
         raise DataError(f"data set {name!r} cannot be loaded: {error}") from error

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 HASHED_BYTES = 1 << 20
+NAMED_FILES = 3
 NO_TEXT_OF_A_DISK = "lost+found"  # at the root of many, and closed
 
 
@@ -53,6 +54,10 @@ def expand_files(patterns: Iterable[str]) -> list[Path]:
             raise DataError(f"{file}: unknown format, name one of {', '.join(TEXT_SUFFIXES)} (also .gz, .zst)")
         if format_suffix(file) == ".parquet" and compression_suffix(file):
             raise DataError(f"{file}: parquet is compressed within: unpack the file")
+    # One at a time they would show in the middle of reading, and each that is removed makes another text of the rest.
+    empty = [file for file in files.values() if file.exists() and not file.stat().st_size]
+    if len(empty) > 1:
+        raise DataError(f"{len(empty)} files are empty: {', '.join(map(str, empty[:NAMED_FILES]))} ...: remove them")
     return list(files.values())
 
 
@@ -60,15 +65,19 @@ def _expand(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         files = sorted(files_below(path))
-        found = [file for file in files if format_suffix(file) in TEXT_SUFFIXES]
+        # Hidden ones, as of trash and of editors, a pattern would pass over too.
+        named = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        found = [file for file in named if format_suffix(file) in TEXT_SUFFIXES]
         if not found:
             raise DataError(f"{path}: the folder holds no text file ({', '.join(TEXT_SUFFIXES)}, also .gz, .zst)")
-        if len(found) < len(files):
-            others = sorted({file.suffix or file.name for file in files if format_suffix(file) not in TEXT_SUFFIXES})
+        if len(found) < len(named):
+            others = sorted({file.suffix or file.name for file in named if format_suffix(file) not in TEXT_SUFFIXES})
             logger.warning(
                 "%s: %d files of no known format are passed over (%s)",
-                path, len(files) - len(found), shortened(", ".join(others)),
+                path, len(named) - len(found), shortened(", ".join(others)),
             )  # fmt: skip
+        if len(named) < len(files):
+            logger.warning("%s: %d hidden files are passed over", path, len(files) - len(named))
     elif path.is_file():
         found = [path]
     else:

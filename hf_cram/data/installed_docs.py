@@ -122,18 +122,21 @@ def _source_paths(distribution: importlib.metadata.Distribution) -> list[Path]:
     ]
 
 
-def read_installed_docs(search_paths: Sequence[str] | None = None, show_progress: bool = True) -> Iterator[str]:
+def read_installed_docs(
+    search_paths: Sequence[str] | None = None, show_progress: bool = True, workers: int | None = None
+) -> Iterator[str]:
     """
-    A document a module: its prose paragraphs, one a line, each paragraph only where it stands first.
+    A document a module: its prose paragraphs, one a line, each paragraph only where it stands first, whatever the number
+    of `workers` (processes; default: one for each core).
 
     Source files are parsed, never imported; a file that does not parse or is not UTF-8 gives nothing.
     """
     files = source_files(search_paths)
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     seen: set[bytes] = set()
-    workers = available_workers(None)
+    workers = available_workers(workers)
     with (
-        worker_pool(workers, "reads the installed documentation", "try again")
+        worker_pool(workers, "reads the installed documentation", "lower preprocessing_workers")
         if workers > 1
         else contextlib.nullcontext() as pool,
         tqdm(total=len(files), desc="reading documentation", unit="file", disable=not show_progress) as bar,

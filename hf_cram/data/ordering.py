@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .collator import mix64
 from .errors import DataError
+from .packing import read_rows
 
 ROW_ORDERS = ("none", "random", "unigram", "sentence_length", "word_length", "rare_tokens")
 SENTENCE_ENDS = set(".!?")
@@ -105,10 +106,8 @@ def order_rows(
     if rest:
         raise DataError(f"{source}: {num_rows} rows of {max_seq_length} tokens and {rest} bytes more: prepare it anew")
 
-    # Read, not mapped: the pages of a map would count as this process's memory.
     def read(start: int, end: int) -> np.ndarray:
-        count = (end - start) * max_seq_length
-        return np.fromfile(source, dtype, count, offset=start * row_bytes).reshape(-1, max_seq_length)
+        return read_rows(source, dtype, max_seq_length, start, end)
 
     scores = _score(num_rows, read, max_seq_length, tokenizer, arguments, on_progress)
     order = sort_scores(scores, arguments)

@@ -20,6 +20,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
+def read_rows(path: Path, dtype: np.dtype, max_seq_length: int, start: int, end: int) -> np.ndarray:
+    """
+    Rows `start` to `end` of a file of token ids, (N, max_seq_length): read, since the pages of a map would count as memory
+    in use.
+    """
+    offset = start * max_seq_length * np.dtype(dtype).itemsize
+    return np.fromfile(path, dtype, (end - start) * max_seq_length, offset=offset).reshape(-1, max_seq_length)
+
+
 class PackedRows(Dataset):
     """
     Rows of `max_seq_length` tokens in a memory-mapped file.

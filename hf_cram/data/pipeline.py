@@ -82,7 +82,9 @@ class PreparedCorpus:
         return f"{steps}\ndropped: {dropped or 'nothing'}"
 
 
-def prepare_corpus(arguments: DataArguments, given: Collection[str] = ()) -> PreparedCorpus:
+def prepare_corpus(
+    arguments: DataArguments, given: Collection[str] = (), expected_id: str | None = None
+) -> PreparedCorpus:
     """
     Read, deduplicate, filter, tokenize, pack and order the text, or find it in the cache.
 
@@ -90,26 +92,37 @@ def prepare_corpus(arguments: DataArguments, given: Collection[str] = ()) -> Pre
     appears when it is complete and is checked when it is read: nothing half-written is used. An interrupted run goes
     on behind the last step, or shard of tokens, that it has finished. A data set that holds a published corpus gives its
     rows as they are: what is `given` counts though it is a default, if it says how rows are read. Raises
-    [`DataError`].
+    [`DataError`], also where the rows to be made would be others than those of `expected_id` (the `dataset_id` of a run
+    that goes on).
     """
     place = Place(open_cache(arguments), arguments.overwrite_cache, arguments.preprocessing_workers)
     published = published_corpus(arguments)
     if published is not None:
         return open_published(published, arguments, place, given)
-    source = SourceText(TextSource(arguments, place.cache, arguments.overwrite_cache))
+    source = SourceText(TextSource(arguments, place.cache, arguments.overwrite_cache, place.workers))
     text = deduplicate(source, arguments, place, arguments.token_limit)
     tokens = TokensStage(TokenizerStage(text, arguments, place), arguments, arguments)
-    directory, from_cache = RowsStage(tokens, arguments, arguments).open()
+    rows = RowsStage(tokens, arguments, arguments)
+    if expected_id not in (None, rows.key):
+        raise DataError(
+            f"the run to resume has seen rows of the dataset {expected_id}, and these would be {rows.key}: repeat every "
+            "setting of the text, max_train_tokens included (installed-docs are another text whenever packages are "
+            "installed or removed, and so is any behind another version of tokenizers), or start a new run"
+        )
+    directory, from_cache = rows.open()
     return open_corpus(directory, arguments.max_seq_length, from_cache, list(arguments.named_sources()))
 
 
 def published_corpus(arguments: DataArguments) -> PublishedCorpus | None:
     """The published corpus that the data set holds, `None` where it is a text. Raises [`DataError`]."""
-    # A folder inside the data set is text: a published corpus is a data set of its own.
-    if arguments.dataset_name in (None, INSTALLED_DOCS) or arguments.dataset_data_dir is not None:
+    if arguments.dataset_name in (None, INSTALLED_DOCS):
         return None
     return find_published_corpus(
-        str(arguments.dataset_name), arguments.dataset_config_name, arguments.dataset_revision, arguments.text_column
+        str(arguments.dataset_name),
+        arguments.dataset_config_name,
+        arguments.dataset_revision,
+        arguments.text_column,
+        described_only=arguments.dataset_data_dir is not None,  # a folder inside a data set is text
     )
 
 

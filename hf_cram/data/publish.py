@@ -12,13 +12,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import file_lock
-from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, Result, explain, with_retries
+from ..files import file_lock, sha256_of_file
+from ..hub_errors import HubError, Result, with_retries
 from .cache import MANIFEST_NAME, cached_entry
 from .data_card import check_language, check_license
 from .errors import DataError, first_line, system_cause
 from .export import DATA_FOLDER, check_is_free, export_corpus, write_files
-from .published import DESCRIPTION_NAME, TOKENIZER_FOLDER, read_description, row_settings, sha256_of_file
+from .published import DESCRIPTION_NAME, TOKENIZER_FOLDER, read_description, row_settings
 
 if TYPE_CHECKING:
     from .pipeline import PreparedCorpus
@@ -135,9 +135,7 @@ def publish_corpus(
     _check_repo_id(repo_id)
 
     def exchange(action: Callable[[], Result]) -> Result:
-        return with_retries(
-            action, lambda error: explain(error, repo_id, None, "push_corpus_to_hub"), RETRY_SECONDS, SILENCE_SECONDS
-        )
+        return with_retries(action, repo_id, None, "push_corpus_to_hub")
 
     def write(folder: Path) -> None:
         write_files(corpus, folder, settings or {}, full_name, language, license_name)

@@ -16,7 +16,8 @@ from httpx2 import InvalidURL
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
-from ..hub_errors import RETRY_SECONDS, SILENCE_SECONDS, HubError, explain, with_retries
+from ..files import sha256_of_file
+from ..hub_errors import HubError, with_retries
 from .errors import DataError, first_line
 from .hub_datasets import fingerprint_folder, place_of, reading_errors
 from .ordering import OrderingArguments, order_settings
@@ -38,8 +39,11 @@ NO_SETTING_OF_ROWS = frozenset(
     {"cache_dir", "overwrite_cache", "preprocessing_workers", "dedup_memory_mb", "streaming", "sample_dropped"}
 )
 FROM_THE_CORPUS = frozenset(
-    {"dataset_name", "dataset_config_name", "dataset_revision", "max_seq_length", "vocab_size", "tokenizer_name"}
-)
+    {
+        "dataset_name", "dataset_config_name", "dataset_data_dir", "dataset_revision", "max_seq_length", "vocab_size",
+        "tokenizer_name",
+    }
+)  # fmt: skip
 # What counts when it is asked for though it is a default: how rows are read, and not how they were made.
 ASKED_OF_ROWS = frozenset({"max_seq_length", "row_order", "reverse_row_order", "row_order_seed"})
 LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,:'\"]+/)+")
@@ -73,12 +77,17 @@ def without_folders(value: Any) -> Any:
 
 
 def find_published_corpus(
-    name: str, config_name: str | None = None, revision: str | None = None, text_column: str = "text"
+    name: str,
+    config_name: str | None = None,
+    revision: str | None = None,
+    text_column: str = "text",
+    described_only: bool = False,
 ) -> "PublishedCorpus | None":
     """
     The corpus in a Hub data set or a folder laid out like one; None where it holds text or cannot be looked at.
 
-    Known by its `corpus.json`, or by a column `input_ids` and none of text. A data set of the Hub is downloaded at one
+    Known by its `corpus.json`, beside which `config_name` says nothing, or (unless `described_only`) by a column
+    `input_ids` and none of text. A data set of the Hub is downloaded at one
     commit, rows and tokenizer alike; without a network its last download serves. Raises [`DataError`].
     """
     folder = Path(place_of(name))
@@ -91,7 +100,9 @@ def find_published_corpus(
         is_described = False
     except (HTTPError, ImportError, InvalidURL, OSError, ValueError):
         return None  # the reader of text says why
-    if not is_described and not _has_rows(name, config_name, revision, text_column):
+    if is_described:
+        config_name = None  # a recipe's, of its text
+    elif described_only or not _has_rows(name, config_name, revision, text_column):
         return None
     if folder.is_dir():
         return PublishedCorpus(name, folder, config_name, fingerprint_folder(folder))
@@ -135,15 +146,11 @@ def _check_tokenizer(name: str, revision: str | None) -> None:
 
 def _download(name: str, revision: str | None) -> Path:
     """The folder of the data set's files at one commit, whose name is the commit's."""
-
-    def explain_error(error: BaseException) -> HubError:
-        return explain(error, name, revision, "dataset_name", is_download=True)
-
     try:
         return Path(
             with_retries(
                 lambda: snapshot_download(name, repo_type="dataset", revision=revision),
-                explain_error, RETRY_SECONDS, SILENCE_SECONDS,
+                name, revision, "dataset_name", is_download=True,
             )
         )  # fmt: skip
     except HubError as error:
@@ -323,8 +330,3 @@ def read_description(path: Path) -> dict[str, Any]:
     """The content of a `corpus.json`; empty where it is none of ours. Raises what reading and parsing raise."""
     description = json.loads(path.read_text(encoding="utf-8"))
     return description if isinstance(description, dict) and VERSION_KEY in description else {}
-
-
-def sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

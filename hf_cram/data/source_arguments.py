@@ -11,6 +11,7 @@ from .errors import DataError, nearest
 from .languages import language_code
 
 INSTALLED_DOCS = "installed-docs"
+NAMED_FILES = 2
 
 
 @dataclass
@@ -37,7 +38,8 @@ class SourceSettings:
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     text_file_documents: str = field(
-        default="line", metadata={"help": "A document in a txt file is a 'line' or ends at a 'blank_line'."}
+        default="line",
+        metadata={"help": "A document in a txt file is a 'line', ends at a 'blank_line' or is the whole 'file'."},
     )
     max_documents: int | None = field(default=None, metadata={"help": "Use the first documents only."})
     max_document_characters: int = field(default=10_000_000, metadata={"help": "Skip longer documents."})
@@ -57,8 +59,10 @@ class SourceSettings:
                 "dataset_name and train_files are both set: name one source of text (--dataset_name none or --train_files "
                 "none leaves a recipe's out), or a mix with sources"
             )
-        if self.text_file_documents not in ("line", "blank_line"):
-            raise DataError(f"text_file_documents must be 'line' or 'blank_line', got {self.text_file_documents!r}")
+        if self.text_file_documents not in ("line", "blank_line", "file"):
+            raise DataError(
+                f"text_file_documents must be 'line', 'blank_line' or 'file', got {self.text_file_documents!r}"
+            )
         for name in ("max_documents", "max_document_characters"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -135,7 +139,10 @@ class SourceArguments(SourceSettings):
         if isinstance(self.sources, dict):
             return ", ".join(map(str, self.sources))
         if self.train_files:
-            return ", ".join(Path(name).name for name in self.train_files)
+            # Names of files may be many, as a shell gives them, and any bytes.
+            names = [Path(name).name.encode("utf-8", "backslashreplace").decode() for name in self.train_files]
+            more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
+            return ", ".join(names[:NAMED_FILES]) + more
         return self.dataset_name or INSTALLED_DOCS
 
     @property

@@ -41,7 +41,7 @@ OF_A_DATASET = ("dataset_config_name", "dataset_data_dir", "dataset_revision")
 class _OpenSource:
     """One source, found: what identifies it, and its documents."""
 
-    def __init__(self, settings: MixedSource, cache: Path, overwrite_cache: bool):
+    def __init__(self, settings: MixedSource, cache: Path, overwrite_cache: bool, workers: int | None):
         self.settings = settings
         self.text_column = settings.text_column
         self.progress = ReadProgress()
@@ -55,7 +55,7 @@ class _OpenSource:
             content = fingerprint_files(self._files)
         elif settings.dataset_name in (None, INSTALLED_DOCS):
             content = fingerprint_installed()
-            self._files = [_cached_documentation(cache / "texts" / content, overwrite_cache)]
+            self._files = [_cached_documentation(cache / "texts" / content, overwrite_cache, workers)]
             self.text_column = "text"
             idle = [name for name in OF_A_DATASET if getattr(settings, name) is not None]
             if idle:
@@ -148,17 +148,21 @@ class TextSource:
     Args:
         cache: folder of prepared text; the documentation of installed packages is kept there.
         overwrite_cache: extract that documentation anew.
+        workers: processes that extract it; default: one for each core.
 
     Attributes:
         identity: hash of the content and of every setting that changes the documents or their order.
         report: documents left out in the pass that [`documents`] last began.
     """
 
-    def __init__(self, arguments: SourceArguments, cache: Path, overwrite_cache: bool = False):
+    def __init__(
+        self, arguments: SourceArguments, cache: Path, overwrite_cache: bool = False, workers: int | None = None
+    ):
         self.arguments = arguments
         self.report = SkipReport()
         self._sources = {
-            name: _OpenSource(settings, cache, overwrite_cache) for name, settings in arguments.named_sources().items()
+            name: _OpenSource(settings, cache, overwrite_cache, workers)
+            for name, settings in arguments.named_sources().items()
         }
         self._streams: list[MixedStream] = []
         self._ended: set[str] = set()
@@ -248,7 +252,7 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _cached_documentation(entry: Path, overwrite: bool) -> Path:
+def _cached_documentation(entry: Path, overwrite: bool, workers: int | None) -> Path:
     """The file of extracted documentation: extracting takes a minute, once for each environment."""
 
     def write(folder: Path) -> None:
@@ -257,7 +261,7 @@ def _cached_documentation(entry: Path, overwrite: bool) -> Path:
             zstandard.ZstdCompressor().stream_writer(raw) as compressed,
             io.TextIOWrapper(compressed, encoding="utf-8") as stream,
         ):
-            for document in read_installed_docs(show_progress=is_progress_bar_enabled()):
+            for document in read_installed_docs(show_progress=is_progress_bar_enabled(), workers=workers):
                 stream.write(json.dumps({"text": document}) + "\n")
 
     return cached_entry(entry, write, overwrite)[0] / "documents.jsonl.zst"

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..files import link_or_copy
 from .cache import MANIFEST_NAME, cached_entry, is_complete
 from .errors import DataError, TextChangedError
 from .filtering import DocumentFilter, FilterArguments
@@ -210,7 +210,7 @@ class TokensStage:
         write_steps(folder, [record])
         self._warn_of_too_few(shards.num_tokens)
         # In both places until the entry is in its own: a process that dies before loses no shard.
-        shutil.copytree(self._unfinished, folder / "shards", copy_function=_link_or_copy)
+        shutil.copytree(self._unfinished, folder / "shards", copy_function=link_or_copy)
 
     def _warn_of_too_few(self, num_tokens: int) -> None:
         """Deduplication reads a limited text only so far: say so where that was not far enough."""
@@ -225,13 +225,6 @@ class TokensStage:
 
     def _count_tokens(self, text: str) -> int:
         return len(self._settings.tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy2(source, target)
 
 
 class RowsStage:
@@ -271,7 +264,7 @@ class RowsStage:
     def _write(self, folder: Path) -> None:
         if self.key != self._rows_key and not self.place.overwrite and is_complete(self._rows_entry):
             others = shutil.ignore_patterns("tokenizer", MANIFEST_NAME)
-            shutil.copytree(self._rows_entry, folder, ignore=others, copy_function=_link_or_copy, dirs_exist_ok=True)
+            shutil.copytree(self._rows_entry, folder, ignore=others, copy_function=link_or_copy, dirs_exist_ok=True)
             self.tokens.tokenizer.tokenizer.save_pretrained(folder / "tokenizer")
             return
         shards, token_steps = self.tokens.open()

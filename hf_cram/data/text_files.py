@@ -1,5 +1,6 @@
 """Documents of local files of every kind, in bounded memory; what is no usable text is left out and counted."""
 
+import codecs
 import csv
 import io
 import json
@@ -21,6 +22,8 @@ PARQUET_BATCH_ROWS = 64
 PROGRESS_DOCUMENTS = 16
 NAMED_COLUMNS = 20
 CSV_FIELD_CHARACTERS = 100_000_000  # beyond it quoting is broken, and the rest of the file can't be told apart
+OTHER_SEPARATORS = (";", "\t", "|")
+NUL_SHARE = 20  # a text that holds more than one in so many is another encoding
 PARQUET_BUFFER_BYTES = 1 << 20
 UTF8_BYTES_PER_CHARACTER = 4
 JSON_BYTES_PER_CHARACTER = 12  # an escaped surrogate pair
@@ -91,6 +94,7 @@ def _read_file(
         yield from check_documents(_read_parquet(file, text_column, progress), file, report, max_characters)
         return
     with open(file, "rb") as raw, decompressed(raw, file) as stream:
+        _check_encoding(file, stream)
         if suffix == ".csv":
             documents = _read_csv(file, stream, text_column, max_characters)
         elif suffix == ".txt":
@@ -103,6 +107,15 @@ def _read_file(
             if number % PROGRESS_DOCUMENTS == 0:  # asking costs as much as a line of text
                 progress.position = raw.tell()
             yield document
+
+
+def _check_encoding(file: Path, stream: Any) -> None:
+    """Pass over the mark of UTF-8 at the beginning of a buffered stream. Raises [`DataError`] for that of UTF-16."""
+    beginning = stream.peek(len(codecs.BOM_UTF8))[: len(codecs.BOM_UTF8)]
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{file}: it is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    if beginning == codecs.BOM_UTF8:
+        stream.read(len(beginning))
 
 
 def check_documents(
@@ -124,6 +137,8 @@ def check_documents(
             report.add(TOO_LONG, f"{file}:{place}")
         elif not _is_encodable(text):
             report.add("not valid UTF-8", f"{file}:{place}")
+        elif "\0" in text and NUL_SHARE * text.count("\0") > len(text):
+            report.add("NUL characters, as in UTF-16 or binary data", f"{file}:{place}")
         elif text.strip():
             yield text
 
@@ -153,7 +168,7 @@ def _bounded_lines(stream: IO[bytes], max_bytes: int) -> Iterator[tuple[int, byt
 def _text_documents(
     lines: Iterator[tuple[int, bytes | DataError]], text_file_documents: str, max_characters: int
 ) -> Iterator[tuple[int, Any]]:
-    """A document a line, or (`"blank_line"`) paragraphs up to a blank line."""
+    """A document a line, or (`"blank_line"`) paragraphs up to a blank line, or (`"file"`) all lines."""
     if text_file_documents == "line":
         yield from ((number, line.strip() if isinstance(line, bytes) else line) for number, line in lines)
         return
@@ -163,7 +178,7 @@ def _text_documents(
         if isinstance(line, DataError) or size > max_characters * UTF8_BYTES_PER_CHARACTER:
             too_long = DataError(TOO_LONG)
             block, size = [], 0
-        if isinstance(line, bytes) and not line.strip():
+        if isinstance(line, bytes) and not line.strip() and text_file_documents == "blank_line":
             yield start, too_long or b"".join(block)
             block, size, start, too_long = [], 0, number + 1, None
         elif isinstance(line, bytes) and too_long is None:
@@ -203,13 +218,23 @@ def _json_documents(
 def _read_csv(file: Path, stream: IO[bytes], text_column: str, max_characters: int) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(max(CSV_FIELD_CHARACTERS, max_characters))
     # Invalid bytes pass as lone surrogates and are found when the text is encoded again.
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text_stream:
+    with io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="") as text_stream:
         reader = csv.DictReader(text_stream)
-        if reader.fieldnames is not None and text_column not in reader.fieldnames:
-            raise missing_column(str(file), text_column, reader.fieldnames)
+        names = reader.fieldnames
+        if (
+            names is not None
+            and len(names) == 1
+            and (other := next(filter(names[0].__contains__, OTHER_SEPARATORS), ""))
+        ):
+            raise DataError(f"{file}: its fields are separated by {other!r}: write it with commas")
+        if names is not None and text_column not in names:
+            raise missing_column(str(file), text_column, names)
         for record in reader:
             text = record.get(text_column)
-            yield reader.line_num, text if text is None else text.encode("utf-8", errors="surrogateescape")
+            if None in record:  # what stands behind the last field, most likely the rest of a text
+                yield reader.line_num, DataError("more fields than the header names: quote texts that hold commas")
+            else:
+                yield reader.line_num, text if text is None else text.encode("utf-8", errors="surrogateescape")
 
 
 def _read_parquet(file: Path, text_column: str, progress: ReadProgress) -> Iterator[tuple[int, Any]]:

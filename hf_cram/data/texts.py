@@ -20,7 +20,7 @@ from .steps import StepRecord, measured_step, read_steps, write_steps
 from .substring_deduplication import SubstringReport, remove_repeated_substrings
 from .text_files import read_files
 
-FORMAT_VERSION = 4  # raise it whenever the same inputs give other files
+FORMAT_VERSION = 5  # raise it whenever the same inputs give other files
 # With a limit of tokens, deduplication and the training of a tokenizer read so many characters for each: English has 4
 # to 5 a token, and the rest is for what they and the filters leave out.
 CHARACTERS_FOR_A_TOKEN = 8

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import string
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,10 @@ WORD_CHARACTERS = string.ascii_lowercase + string.digits
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(WORD_CHARACTERS) * 2 + len(string.punctuation)
 SMALLEST_ALPHABET = 3  # ordinary tokens of a tokenizer that can read anything
 JUDGED_CHARACTERS = 200  # of a document
-LOST_LETTERS_TOLD, LOST_LETTERS_REFUSED = 0.01, 0.9
+LOST_LETTERS_TOLD, LOST_LETTERS_REFUSED = 0.001, 0.9
+# Such a word is [UNK] to WordPiece, and learning from it takes time by the square of its length.
+LONGEST_WORD = 100
+LONGER_WORDS = re.compile(rf"[^\W_]{{{LONGEST_WORD + 1},}}")
 
 
 def _untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
@@ -73,7 +77,7 @@ def train_tokenizer(
         continuing_subword_prefix=CONTINUATION,
         show_progress=show_progress,
     )
-    trained.train_from_iterator(_with_letters_judged(documents, trained.normalizer.normalize_str), trainer)
+    trained.train_from_iterator(_for_training(documents, trained.normalizer.normalize_str), trainer)
     vocabulary = trained.get_vocab()
     if len(vocabulary) < vocab_size:
         logger.warning("The text gives a vocabulary of %d tokens, fewer than %d", len(vocabulary), vocab_size)
@@ -92,17 +96,22 @@ def train_tokenizer(
     )
 
 
-def _with_letters_judged(documents: Iterable[str], normalize: Callable[[str], str]) -> Iterator[str]:
-    """Pass the documents on, and tell at their end what the beginnings of all of them lose of their letters."""
+def _for_training(documents: Iterable[str], normalize: Callable[[str], str]) -> Iterator[str]:
+    """
+    Pass the documents on without words that no tokenizer learns, and tell at their end what the beginnings of all of
+    them lose of their letters.
+    """
     letters = kept = 0
     for document in documents:
         beginning = document[:JUDGED_CHARACTERS]
         count = _count_letters(beginning)
         letters += count
         kept += count if beginning.isascii() else _count_letters(normalize(beginning))
+        if len(document) > LONGEST_WORD and max(map(len, document.split()), default=0) > LONGEST_WORD:
+            document = LONGER_WORDS.sub(" ", document)
         yield document
     lost = (letters - kept) / max(letters, 1)
-    told = f"{lost:.0%} of the text's letters are not ASCII, and a tokenizer trained here leaves them out"
+    told = f"{lost:.1%} of the text's letters are not ASCII, and a tokenizer trained here leaves them out"
     if lost > LOST_LETTERS_REFUSED:
         raise DataError(f"{told}: name an existing one with tokenizer_name")
     if lost > LOST_LETTERS_TOLD:

@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
+from accelerate.utils import patch_environment
 from tokenizers import Tokenizer
 
 from .filtering import DocumentFilter, DroppedSamples, FilterArguments
@@ -186,20 +185,6 @@ def _tokenize_batch_in_worker(documents: list[str]) -> TokenizedBatch:
     return _tokenize_in_worker(documents)
 
 
-@contextmanager
-def _silent_tokenizers() -> Iterator[None]:
-    """Tokenizers that start no threads, said before a fork: it spares a warning."""
-    told = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if told is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = told
-
-
 def tokenize_batches(
     batches: Iterable[Batch], settings: TokenizingSettings, workers: int
 ) -> Generator[tuple[Batch, TokenizedBatch]]:
@@ -221,7 +206,8 @@ def tokenize_batches(
     if second is None:
         return
     way_out = "lower preprocessing_workers; what is finished is kept"
-    with _silent_tokenizers(), worker_pool(workers, "tokenizes", way_out, _start_worker, settings) as pool:
+    no_threads = patch_environment(TOKENIZERS_PARALLELISM="false")  # said before a fork, it spares a warning
+    with no_threads, worker_pool(workers, "tokenizes", way_out, _start_worker, settings) as pool:
 
         def submit(batch: Batch) -> tuple[Batch, Future[TokenizedBatch]]:
             return batch, pool.submit(_tokenize_batch_in_worker, batch.documents)

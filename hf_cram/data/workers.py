@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
+
+from joblib import cpu_count
 
 from .errors import DataError
 
@@ -21,12 +22,13 @@ class WorkerKilledError(DataError):
 
 
 def available_workers(asked_for: int | None) -> int:
-    """Worker processes to use: as many as asked for, or one for each core that this process may use."""
+    """
+    Worker processes to use: as many as asked for, or one for each core that this process may use, by its affinity and by
+    the limit of its container.
+    """
     if "fork" not in multiprocessing.get_all_start_methods():
         return 1
-    if asked_for is None:
-        return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return asked_for
+    return cpu_count() if asked_for is None else asked_for
 
 
 @contextmanager

@@ -101,8 +101,26 @@ def test_wrong_phases_are_refused(text):
         parse_phases(text)
 
 
+def test_a_system_without_shared_memory_masks_all_the_same(tokenizer, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("unable to open shared memory object")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    assert DataCollatorForFixedCountMasking(tokenizer, "0:0.5")([{"input_ids": [7, 8, 9, 10]}])["labels"].shape == (
+        1,
+        4,
+    )
+
+
 def test_wrong_input_is_refused(tokenizer):
     with pytest.raises(ValueError, match="together at most 1"):
         DataCollatorForFixedCountMasking(tokenizer, 0.15, 0.8, 0.3)
+    padded = [
+        {"input_ids": [7, 8, 0], "attention_mask": [1, 1, 0]},
+        {"input_ids": [7, 8, 9], "attention_mask": [1, 1, 1]},
+    ]
+    with pytest.raises(ValueError, match="rows must not be padded: pack them first"):
+        DataCollatorForFixedCountMasking(tokenizer)(padded)
+    assert DataCollatorForFixedCountMasking(tokenizer)(padded[1:])["input_ids"].shape == (1, 3)
     with pytest.raises(ValueError, match="one length"):
         DataCollatorForFixedCountMasking(tokenizer)([{"input_ids": [7, 8]}, {"input_ids": [7, 8, 9]}])

@@ -3,6 +3,7 @@
 import csv
 import os
 import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -305,7 +306,7 @@ def test_fingerprint_follows_the_sources_of_a_checkout(tmp_path):
 def test_default_text_is_extracted_once(tmp_path, monkeypatch):
     calls = []
 
-    def documents(show_progress=True):
+    def documents(**_):
         calls.append(1)
         yield from (f"The sentence number {index} of the documentation is here." for index in range(300))
 
@@ -334,6 +335,6 @@ def die(_):
 
 def test_a_killed_worker_is_one_line(monkeypatch):
     monkeypatch.setattr(installed_docs, "_paragraphs_of_files", die)
-    monkeypatch.setattr(installed_docs, "available_workers", lambda _: 2)
-    with pytest.raises(DataError, match="a process that reads the installed documentation was killed"):
-        list(read_installed_docs(show_progress=False))
+    monkeypatch.setattr(installed_docs, "source_files", lambda _: [("package", Path("module.py"))])
+    with pytest.raises(DataError, match="documentation was killed, .*: lower preprocessing_workers"):
+        list(read_installed_docs(show_progress=False, workers=2))

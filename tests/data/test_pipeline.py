@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,8 @@ def test_an_edited_configuration_of_a_tokenizer_is_beside_the_rows(tmp_path, tex
     assert second.tokenizer.padding_side == "left"
     assert np.array_equal(second.train_dataset.rows, first.train_dataset.rows)
     assert prepare_corpus(with_it).directory == second.directory
+    with pytest.raises(pytest.fail.Exception, match="tokenized again"):  # nothing of before is taken
+        prepare_corpus(replace(with_it, overwrite_cache=True))
     path.write_text(original)
     assert prepare_corpus(with_it).directory == first.directory
 
@@ -171,27 +174,29 @@ def test_disk_errors_are_one_line(tmp_path, text, monkeypatch):
         prepare_corpus(arguments(tmp_path, text, cache_dir=str(tmp_path / "file" / "cache")))
 
 
-KILLED = """
-import sys
-from hf_cram.data.cache import cached_entry
-from pathlib import Path
-def write(folder):
-    (folder / "part.bin").write_bytes(b"x" * 1000)
-    print("writing", flush=True)
-    import time; time.sleep(60)
-cached_entry(Path(sys.argv[1]), write, False)
-"""
+def fork(work, *arguments):
+    """The process id of a fork of this process that does the work and ends."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work(*arguments)
+        finally:
+            os._exit(1)
+    return pid
 
 
-def test_a_killed_preparation_is_never_trusted(tmp_path, python_environment):
-    entry = tmp_path / "corpora" / "key"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(entry)], stdout=subprocess.PIPE, text=True, env=python_environment
-    )
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+def test_a_killed_preparation_is_never_trusted(tmp_path):
+    entry, (read_end, write_end) = tmp_path / "corpora" / "key", os.pipe()
+
+    def write_and_wait(folder):
+        (folder / "part.bin").write_bytes(b"x" * 1000)
+        os.write(write_end, b"!")
+        time.sleep(60)
+
+    pid = fork(cached_entry, entry, write_and_wait, False)
+    assert os.read(read_end, 1) == b"!"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     assert not is_complete(entry)
     assert any(path.name.startswith(".key.") for path in entry.parent.iterdir())
 
@@ -265,7 +270,7 @@ def test_two_processes_prepare_once(tmp_path, text, python_environment):
 def test_wrong_arguments_are_one_line(tmp_path):
     for values, message in (
         ({"dataset_name": "x", "train_files": ["y"]}, "both set"),
-        ({"text_file_documents": "page"}, "'line' or 'blank_line'"),
+        ({"text_file_documents": "page"}, "'line', 'blank_line' or 'file'"),
         ({"max_seq_length": 4}, "at least 8"),
         ({"eval_rows": 0}, "eval_rows must be at least 1"),
         ({"max_documents": 0}, "max_documents"),
@@ -316,43 +321,29 @@ def test_the_number_of_workers_changes_nothing(tmp_path, text, monkeypatch):
         assert other == one
 
 
-INTERRUPTED = """
-import json, sys
-from hf_cram.data import token_shards
-from hf_cram.data.export import export_corpus
-from hf_cram.data.pipeline import DataArguments, prepare_corpus
-token_shards.SHARD_CHARACTERS, token_shards.BATCH_CHARACTERS = 3000, 1000
-write_next = token_shards.TokenShards.write_next
-def tell(shards, *args):
-    write_next(shards, *args)
-    print(len(shards.summaries), flush=True)
-    if len(shards.summaries) == int(sys.argv[2]):
-        sys.stdin.read()  # until the signal comes
-token_shards.TokenShards.write_next = tell
-prepare_corpus(DataArguments(**json.loads(sys.argv[1])))
-"""
-
-
-def test_killed_between_shards_it_goes_on_to_the_same_bytes(tmp_path, text, python_environment, monkeypatch):
+def test_killed_between_shards_it_goes_on_to_the_same_bytes(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(token_shards, "SHARD_CHARACTERS", 3000)
+    monkeypatch.setattr(token_shards, "BATCH_CHARACTERS", 1000)
     values = {
         "train_files": [str(text)], "vocab_size": 200, "max_seq_length": 16, "eval_rows": 4,
         "cache_dir": str(tmp_path / "cache"), "preprocessing_workers": 2, **EVERYTHING,
     }  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, json.dumps(values), "4"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=python_environment,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line == "4\n":
-            break
-    workers = psutil.Process(process.pid).children()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    (read_end, write_end), write_next = os.pipe(), token_shards.TokenShards.write_next
+
+    def write_and_wait(shards, *arguments):
+        write_next(shards, *arguments)
+        if len(shards.summaries) == 4:
+            os.write(write_end, b"!")
+            time.sleep(60)  # until the signal comes
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_shards.TokenShards, "write_next", write_and_wait)
+        pid = fork(prepare_corpus, DataArguments(**values))
+    assert os.read(read_end, 1) == b"!"
+    workers = psutil.Process(pid).children()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     assert workers
-    monkeypatch.setattr(token_shards, "SHARD_CHARACTERS", 3000)
-    monkeypatch.setattr(token_shards, "BATCH_CHARACTERS", 1000)
     (unfinished,) = (tmp_path / "cache/tokens").glob("*.unfinished")
     before = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.json")}
     assert len(before) == 4

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 import socket
 import threading
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import REPOSITORY
 from datasets import Dataset, load_dataset
 from forked_calls import forked_calls, logged_in_environment
 from hub_server import CUT, TOKEN, Fault, Repository, running_hub
@@ -26,12 +28,15 @@ from huggingface_hub import DatasetCard
 
 from hf_cram.data import export, publish
 from hf_cram.data.cache import cached_entry
-from hf_cram.data.data_card import size_category
+from hf_cram.data.data_card import build_data_card, size_category
 from hf_cram.data.errors import DataError
 from hf_cram.data.export import export_corpus
 from hf_cram.data.pipeline import DataArguments, open_corpus, prepare_corpus
 from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.published import find_published_corpus, row_settings, without_folders
+from hf_cram.recipes import RecipeParser
+from hf_cram.script_args import RECIPE_PARTS, check_row_length
+from hf_cram.training_args import CramTrainingArguments
 
 LENGTH = 16
 WORDS = [
@@ -57,11 +62,11 @@ DRIVER = """
 import huggingface_hub.constants, huggingface_hub.utils._http as client
 import datasets, matplotlib.figure, matplotlib.backends.backend_agg
 from pathlib import Path
+from hf_cram import hub_errors
 from hf_cram.data import publish, published
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, open_corpus
-publish.RETRY_SECONDS = published.RETRY_SECONDS = (0.05, 0.1)
-publish.SILENCE_SECONDS = published.SILENCE_SECONDS = 2.0
+hub_errors.RETRY_SECONDS, hub_errors.SILENCE_SECONDS = (0.05, 0.1), 2.0
 client.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.01))})
 
 def push_as_asked(directory, length, given, data_given):
@@ -282,7 +287,7 @@ def test_the_card_tells_where_the_rows_come_from(corpus, folder, arguments):
     assert f"{len(corpus.train_dataset):,} | {corpus.train_dataset.num_tokens:,}" in text
     assert "too few characters | 7" in text
     assert "row_scores.png" in text
-    assert f"--dataset_name PATH_OR_REPOSITORY --max_seq_length {LENGTH}" in text
+    assert f"--dataset_name PATH_OR_REPOSITORY \\\n    --max_seq_length {LENGTH} --output_dir" in text
     settings = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     assert settings == {"train_files": ["text.txt"], "vocab_size": 150, "max_seq_length": LENGTH, "eval_rows": 20,
                         "drop_below_characters": 12, "row_order": "sentence_length"}  # fmt: skip
@@ -425,6 +430,26 @@ def test_a_folder_that_holds_anything_else_stays_as_it_is(corpus, arguments, cop
     with pytest.raises(DataError, match="copy is there already"):
         publish_if_asked(corpus, asked, arguments)
     assert json.loads((copy / "corpus.json").read_text()) == splits
+
+
+@pytest.mark.parametrize("field", ["dataset_config_name", "dataset_data_dir"])
+def test_a_recipe_trains_from_its_own_corpus_whatever_part_its_text_was(corpus, folder, tmp_path, field):
+    values = {"dataset_name": str(folder), "cache_dir": str(tmp_path / "cache"), field: "en"}
+    assert_same(prepare_corpus(DataArguments(**values)), corpus)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 1024])
+def test_the_command_of_the_card_is_one_that_trains(folder, length):
+    """It names a recipe, with positions enough for the rows."""
+    description = {**json.loads((folder / "corpus.json").read_text()), "max_seq_length": length}
+    card = build_data_card(str(folder), description, {}, "words", None, None)
+    (command,) = re.findall(r"python run_mlm_cram\.py (.*?)\n```", card.text, re.DOTALL)
+    recipe, *options = shlex.split(command.replace("\\\n", ""))
+    parser = RecipeParser((*RECIPE_PARTS, CramTrainingArguments))
+    model_args, data_args, *_ = parser.parse([str(REPOSITORY / recipe), *options])
+    check_row_length(data_args.max_seq_length, model_args.max_position_embeddings)
+    if length == LENGTH:
+        find_published_corpus(str(folder)).check_arguments(data_args, parser.given)
 
 
 def test_norwegian_text_needs_no_quotes():

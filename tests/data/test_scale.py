@@ -190,7 +190,7 @@ def test_a_relative_folder_of_a_data_set_holds_wherever_a_task_starts(tmp_path, 
     sources = {"one": {"dataset_name": "text"}, "two": {"dataset_name": "installed-docs"}}
     (tmp_path / "installed-docs").mkdir()
     monkeypatch.setattr("hf_cram.data.sources.fingerprint_installed", lambda: "environment")
-    monkeypatch.setattr("hf_cram.data.sources.read_installed_docs", lambda show_progress: iter(["a document"]))
+    monkeypatch.setattr("hf_cram.data.sources.read_installed_docs", lambda **_: iter(["a document"]))
     mix = make_plan(recipe(None, "cache", train_files=None, sources=sources), tasks=2)
     assert plain.arguments.dataset_name == str(tmp_path / "text")
     assert mix.arguments.named_sources()["one"].dataset_name == str(tmp_path / "text")

@@ -84,10 +84,43 @@ def test_documents_between_blank_lines(tmp_path):
     assert [document.split() for document in documents] == [["one", "two"], ["three"], ["four"]]
 
 
+def test_a_whole_file_is_a_document(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"{name}, first line\n\nsecond\n", encoding="utf-8")
+    assert read(tmp_path, text_file_documents="file") == [
+        f"{name}, first line\n\nsecond\n" for name in ("a.txt", "b.txt")
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.csv", "a.jsonl"])
+def test_the_mark_of_utf_8_is_no_text(tmp_path, name):
+    content = {".csv": "text\nA text.", ".jsonl": '{"text": "A text."}'}.get(Path(name).suffix, "A text.")
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(compress(content.encode("utf-8-sig")))
+    assert read(tmp_path / name) == ["A text."]
+
+
+def test_rows_of_a_csv_file_that_lack_quotes_are_counted(tmp_path):
+    path, report = tmp_path / "a.csv", SkipReport()
+    path.write_text("id,text\n1,Hello, world\n2,plain\n")
+    assert list(read_files([path], report)) == ["plain"]
+    assert report.counts == {"more fields than the header names: quote texts that hold commas": 1}
+
+
+def test_stray_nul_characters_do_no_harm(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("One line with a single NUL\0 in it.\n" + "T\0w\0o\0\n")
+    assert read(path) == ["One line with a single NUL\0 in it."]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "empty.txt: it is empty"),
+        ("utf16.txt", ("Привет, мир\n" * 50).encode("utf-16"), "utf16.txt: it is UTF-16: convert it to UTF-8"),
+        ("utf16.csv", "text\nПривет\n".encode("utf-16"), "utf16.csv: it is UTF-16: convert it to UTF-8"),
+        ("le.txt", ("Привет, мир\n" * 50).encode("utf-16-le"), "le.txt: none of its 51 documents .*NUL characters"),
+        ("b.csv", b"text;label\nHello, world;1\n", "b.csv: its fields are separated by ';': write it with commas"),
         ("blank.txt", b"\n \n\n", "blank.txt: it is empty"),
         ("latin.txt", "Übergrößenträger\nÄrger\n".encode("latin-1"), "latin.txt: none of its 2 documents .*UTF-8"),
         ("a.jsonl", b'{"txt": "x"}\n', r"a.jsonl: no column 'text'; did you mean 'txt'\? \(columns: txt\)"),
@@ -272,9 +305,30 @@ def test_what_a_folder_holds_besides_is_said(tmp_path, caplog):
         (tmp_path / name).touch()
     assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt", tmp_path / "f.jsonl.gz"]
     assert caplog.messages == [f"{tmp_path}: 5 files of no known format are passed over (.bz2, .gz, .pdf, NOTES)"]
+    (tmp_path / ".trash").mkdir()
+    for name in (".trash/b.txt", "._a.txt"):
+        (tmp_path / name).write_text("Thrown away.\n")
+    caplog.clear()
+    assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt", tmp_path / "f.jsonl.gz"]
+    assert caplog.messages[1:] == [f"{tmp_path}: 2 hidden files are passed over"]
     (tmp_path / "e.parquet.gz").touch()
     with pytest.raises(DataError, match=r"e.parquet.gz: parquet is compressed within: unpack the file"):
         expand_files([str(tmp_path)])
+
+
+def test_all_empty_files_are_told_at_once(tmp_path):
+    for name in ("a.txt", "b.txt", "c.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "d.txt").write_text("A text.\n")
+    with pytest.raises(DataError, match=r"^3 files are empty: .*a\.txt, .*b\.txt, .*c\.jsonl \.\.\.: remove them"):
+        expand_files([str(tmp_path)])
+
+
+def test_the_name_of_many_files_is_short_and_can_be_written():
+    name = SourceArguments(
+        train_files=["texts/Gr\udcfc\udcdfe.txt", *(f"{index}.txt" for index in range(500))]
+    ).source_name
+    assert name == r"Gr\udcfc\udcdfe.txt, 0.txt and 499 more"
 
 
 def test_folders_are_followed_through_links_and_not_in_circles(tmp_path):
@@ -582,7 +636,7 @@ def test_text_of_the_hub_is_known_by_its_revision(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", look_up)
-    monkeypatch.setattr("hf_cram.data.hub_datasets.RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr("hf_cram.hub_errors.RETRY_SECONDS", (0.01,))
     identities = {
         TextSource(
             SourceArguments(dataset_name=name, dataset_revision=revision, streaming=True), Path("unused")
