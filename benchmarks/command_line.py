@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
+import psutil
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not a copy that was installed earlier
@@ -39,8 +41,15 @@ def check_file(parser: argparse.ArgumentParser, option: str, path: Path) -> None
 def run_main(main: Callable[[], None], kept: str = "nothing is kept") -> None:
     """Run a benchmark: what the user can mend, and Ctrl-C, end it in one line; `kept` says of what there is then."""
     program = f"benchmarks/{Path(sys.argv[0]).name}"
-    # As an exception, on which subprocess ends the measurement that it waits for.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    def end(*_: Any) -> None:
+        """SIGTERM: the measurements in processes of their own would go on, beside the next ones."""
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        print(f"{program}: stopped; {kept}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         main()
     except KeyboardInterrupt:
@@ -50,3 +59,5 @@ def run_main(main: Callable[[], None], kept: str = "nothing is kept") -> None:
         sys.exit(f"{program}: error: a measurement has failed (exit status {error.returncode})")
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(f"{program}: error: {' '.join(str(error).split())}")
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,7 +5,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,17 +77,17 @@ def load_config(encoder: EncoderArguments, **kwargs: Any) -> Any:
             trust_remote_code=encoder.trust_remote_code,
         )
         # Not by from_pretrained, which holds them against what the file says of another task.
-        for name, value in kwargs.items():
-            setattr(config, name, value)
+        for field, value in kwargs.items():
+            setattr(config, field, value)
     except LOADING_ERRORS as error:
-        folder = Path(encoder.model_name_or_path)
-        is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+        name, revision = encoder.model_name_or_path, encoder.model_revision
+        is_adapter = has_file(name, "adapter_config.json", revision) and not has_file(name, "config.json", revision)
         why = (
             "it is an adapter: merge it into its model first (merge_and_unload)"
             if is_adapter
             else loading_cause(error)
         )
-        raise GlueError(f"model_name_or_path: no configuration loads from {folder}: {why}") from error
+        raise GlueError(f"model_name_or_path: no configuration loads from {name}: {why}") from error
     set_dropout(config, encoder.dropout)
     set_pooling(config, encoder.pooling)
     return config

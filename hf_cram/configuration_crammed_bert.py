@@ -133,10 +133,9 @@ class CrammedBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # The whole map, so that a masked-LM checkpoint loads into every head where this package is not installed.
-        # What a class of one's own has registered stays beside it.
+        # What a class of one's own has registered beside it stays; code of another repository would not travel along.
         given = kwargs.pop("auto_map", None) or {}
-        ours = set(AUTO_MAP.values())
-        own = {name: value for name, value in given.items() if str(value).rpartition("--")[2] not in ours}
+        own = {name: value for name, value in given.items() if "--" not in str(value)}
         self.auto_map = {**AUTO_MAP, **own}
         super().__post_init__(**kwargs)
 

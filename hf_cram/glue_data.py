@@ -84,7 +84,7 @@ def _read(kind: str, paths: Sequence[str], place: str) -> Dataset:
     stamps = stamps_of(map(Path, paths))
     try:
         if kind == "csv":
-            rows = _read_csv(paths)
+            rows = _read_csv(*paths)
             check_stamps(stamps)
             return rows
         # The library's own place goes by the files' names and times, and would hand out what others held.
@@ -93,7 +93,7 @@ def _read(kind: str, paths: Sequence[str], place: str) -> Dataset:
         rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir)
         check_copy(cache_dir, lambda: check_stamps(stamps))
         return rows
-    except (DatasetsError, ValueError, OSError) as error:
+    except (ArithmeticError, DatasetsError, OSError, TypeError, ValueError) as error:
         if isinstance(error, NoRowsError) or "corresponds to no data" in str(error):
             raise GlueError(f"{place} holds no rows") from error
         raise GlueError(f"{place} cannot be read as {kind}: {cause_of(error)}") from error
@@ -103,19 +103,19 @@ class NoRowsError(ValueError):
     """A file has a header alone."""
 
 
-def _read_csv(paths: Sequence[str]) -> Dataset:
+def _read_csv(path: str) -> Dataset:
     """
-    The rows of csv files, where the type of a column is that of all its values, and "None" and "NA" are values.
+    The rows of a csv file, where the type of a column is that of all its values, and "None" and "NA" are values.
 
     Not by the datasets library, which takes the first ten thousand rows for the type of all. Raises `ValueError` where
-    they cannot be read, and `OSError`.
+    they cannot be read, `ArithmeticError` or `TypeError` where they are of no one type, and `OSError`.
     """
-    frames = [pd.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False) for path in paths]
-    if not all(isinstance(frame.index, pd.RangeIndex) for frame in frames):  # a first column without a name
-        raise ValueError("rows have more fields than the header names: quote texts that hold commas")
-    if not any(map(len, frames)):
+    frame = pd.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False)
+    if not isinstance(frame.index, pd.RangeIndex):  # rows are longer than the header, and would lose what stands first
+        raise ValueError("rows have more fields than the header names: name each column, and quote texts with commas")
+    if frame.empty:
         raise NoRowsError
-    return Dataset.from_pandas(pd.concat(frames), preserve_index=False)
+    return Dataset.from_pandas(frame, preserve_index=False)
 
 
 def _pick_splits(task: Task, splits: DatasetDict, source: str) -> TaskData:

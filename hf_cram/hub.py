@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -36,7 +37,7 @@ PUSHING_NAME = ".pushing"
 WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
 # What tells of the weights that it lies beside, and of no others.
 OF_WEIGHTS = (
-    ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png", "all_results.json", "glue_results.json", "glue_results.png",
+    "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png", "all_results.json", "glue_results.json", "glue_results.png",
     "minimal_pairs_results.json",
 )  # fmt: skip
 # All that is ever pushed, beside the code files that config.json names: no optimiser, no state of a run, nothing else
@@ -45,7 +46,7 @@ SHAREABLE = (
     "config.json", "generation_config.json", *WEIGHTS, "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model",
-    "bpe.codes", "emoji.json", "README.md", *OF_WEIGHTS,
+    "bpe.codes", "emoji.json", *OF_WEIGHTS,
 )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def push_folder(
 ) -> str:
     """
     Push what can be shared of `folder` in one commit and return the repository's address. Where its weights take the
-    place of others, the scores and the recipe of those go with them.
+    place of others, the scores, the card and the recipe of those go with them.
 
     Raises [`HubError`] where there is no model in `folder`, and where the Hub cannot be had after some retries.
     """
@@ -239,7 +240,7 @@ def _of_other_weights(folder: Path, names: Sequence[str], repo_id: str, target: 
     tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=target.revision)
     files = {entry.path: entry.lfs for entry in tree if isinstance(entry, RepoFile)}
     earlier = {name: None if lfs is None else lfs.sha256 for name, lfs in files.items() if _is_any_of(name, WEIGHTS)}
-    if earlier == {name: sha256_of_file(folder / name) for name in names if _is_any_of(name, WEIGHTS)}:
+    if not earlier or earlier == {name: sha256_of_file(folder / name) for name in names if _is_any_of(name, WEIGHTS)}:
         return []
     return [name for name in files if name not in names and _is_any_of(name, OF_WEIGHTS)]
 
@@ -260,7 +261,7 @@ def _pin(folder: Path, pinned: Path, names: Sequence[str]) -> None:
 
 def _name_of_run(folder: Path) -> str:
     """The name of an output folder, also where `folder` is one of its checkpoints."""
-    return folder.parent.name if folder.name.startswith("checkpoint-") else folder.name
+    return folder.parent.name if re.fullmatch(r"checkpoint-\d+", folder.name) else folder.name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -87,11 +87,14 @@ def use_all_cores(environment: Mapping[str, str]) -> None:
     Share the cores between the processes of this machine where a launcher has set one thread for each.
 
     `accelerate launch` and torchrun set `OMP_NUM_THREADS` to 1 unless it is set already, which on a CPU leaves all
-    but one core a process idle. Any other number is somebody's choice and stays.
+    but one core a process idle. Any other number is somebody's choice and stays. Without a number torch takes all cores of the
+    machine, which may be more than this process may use.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment
     if launched and environment.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(_share_of_cores(int(environment.get("LOCAL_WORLD_SIZE", "1"))))
+    elif "OMP_NUM_THREADS" not in environment:  # torch does not see the limit of a container
+        torch.set_num_threads(min(torch.get_num_threads(), available_workers(None)))
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def content_of(name_or_path: str, revision: str | None = None) -> tuple[dict[str
 
 
 def has_file(name: str, file: str, revision: str | None) -> bool:
-    """Whether a model of the Hub has a file at a revision; not, where that cannot be told from here."""
+    """Whether a model, of the Hub at a revision or in a folder, has a file; not, where that cannot be told from here."""
     try:
         return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
     except LOADING_ERRORS:

@@ -237,7 +237,8 @@ class PlanArguments:
         if self.matmul_tflops is not None and self.memory_gb is not None:
             speed = self.matmul_tflops * 1e12
             return Machine(lambda shape: speed, "bf16", self.memory_gb * BYTES_PER_GB)
-        return measured_machine(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return measured_machine(accelerator or torch.device("cpu"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
 from .checkpointing import CheckpointError, RunState, load_errors
+from .data.errors import REPEAT_TEXT
 from .files import read_json
 
 # Saving writes these into config.json, whatever the model.
@@ -44,9 +45,7 @@ def _check_dataset(checkpoint: Path, earlier: str | None, now: str | None) -> No
     """A dataset that has a `dataset_id` must be the one that the checkpoint has seen rows of."""
     if None not in (earlier, now) and earlier != now:
         raise CheckpointError(
-            f"{checkpoint} has seen rows of the dataset {earlier}, and the one given now is {now}: repeat every "
-            "setting of the text, max_train_tokens included (installed-docs are another text whenever "
-            "packages are installed or removed), or start a new run"
+            f"{checkpoint} has seen rows of the dataset {earlier}, and the one given now is {now}: {REPEAT_TEXT}"
         )
 
 

@@ -57,7 +57,7 @@ class Shape:
 
     @property
     def decoder_shape(self) -> tuple[int, int]:
-        """(out, in) features of the decoder, whose product the trainer measures too."""
+        """(out, in) features of the decoder, the largest of the products."""
         return self.vocab_size, self.hidden_size
 
 

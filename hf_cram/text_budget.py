@@ -49,37 +49,41 @@ def limit_text_to_budget(
     training_args: CramTrainingArguments,
     text_args: TextBudgetArguments,
     num_processes: int | None = None,
-) -> None:
+) -> float | None:
     """
     Set `data_args.max_train_tokens` to what the run can consume, where that is wanted and not set, in `num_processes` like
-    this one (default: as many as there are).
+    this one (default: as many as there are). Returns the tokens that it is expected to consume, without the reserve; `None`
+    where nothing was set.
 
     The speed is measured once for each model, micro-batch and machine, and kept with the prepared text: the same run
     finds the same rows again. Every process gets the number of the first one.
     """
     if not is_limit_wanted(data_args, text_args):
-        return
+        return None
     # Rank 0's answer counts: the Hub may refuse one rank, and the others would wait for it.
     is_published = [training_args.process_index == 0 and published_corpus(data_args) is not None]
     if broadcast_object_list(is_published)[0]:  # its rows are made
-        return
+        return None
     row_tokens, processes = data_args.max_seq_length, num_processes or training_args.world_size
-    limits, why = [], f"{training_args.max_steps} steps"
+    limits, consumed, why = [], [], f"{training_args.max_steps} steps"
     if training_args.max_steps > 0:
         batch_rows = training_args.train_batch_rows or training_args.per_device_train_batch_size * processes
         limits.append(training_args.max_steps * batch_rows * row_tokens)
+        consumed.append(float(limits[-1]))
     if training_args.time_budget_seconds is not None:
         speed = [0.0]
         if training_args.process_index == 0:
             speed = [_tokens_per_second(data_args, model_args, masking_args, training_args, processes)]
         tokens_per_second = processes * broadcast_object_list(speed)[0]
         limits.append(round_up(tokens_per_second * training_args.time_budget_seconds * RESERVE))
-        why = f"about {limits[-1] / RESERVE:,.0f} tokens at {tokens_per_second:,.0f} tokens/s"
+        consumed.append(limits[-1] / RESERVE)
+        why = f"about {consumed[-1]:,.0f} tokens at {tokens_per_second:,.0f} tokens/s"
     data_args.max_train_tokens = max(row_tokens, min(limits))
     logger.info(
         "The budget can consume %s: text is read for %s (the same elsewhere: --max_train_tokens %d)",
         why, f"{data_args.max_train_tokens:,}", data_args.max_train_tokens,
     )  # fmt: skip
+    return min(consumed)
 
 
 def round_up(number: float) -> int:

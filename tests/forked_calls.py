@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
-IMPORTS = "import atexit, json, os, runpy, sys, time, types\n"
+IMPORTS = "import atexit, json, os, runpy, signal, sys, time, types\n"
 # `run(job)` of the program answers a job and returns an exit status; what it writes goes to the job's log.
 LOOP = """
 print("ready", flush=True)
@@ -18,6 +18,7 @@ for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
     if pid == 0:
+        signal.alarm(180)  # ends it, whatever it waits for
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -59,8 +60,12 @@ def forked_calls(program: str, environment: dict[str, str], folder: Path) -> Ite
         log = folder / f"{len(list(folder.glob('*.log')))}.log"
         process.stdin.write(json.dumps({**job, "log": str(log)}) + "\n")
         process.stdin.flush()
-        on_start(int(process.stdout.readline().split()[1]))
-        return int(process.stdout.readline().split()[1]), log
+        pid = int(process.stdout.readline().split()[1])
+        try:
+            on_start(pid)
+        finally:
+            status = int(process.stdout.readline().split()[1])
+        return status, log
 
     yield call
     process.stdin.close()

@@ -50,6 +50,7 @@ def fork_rank(kind, arguments, rank, ranks, port):
     pid = os.fork()
     if pid:
         return pid
+    signal.alarm(170)  # of its parent, which a rank that waits for another would outlive
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",

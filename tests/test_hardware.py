@@ -103,15 +103,19 @@ def test_compiling_is_for_budgets_that_repay_it(tiny_config, monkeypatch):
     assert not compile_pays_off(deep, CPU, 600.0)
 
 
-def test_a_compiler_that_builds_nothing_is_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("body", "works"), [("exit 1", False), ("exit 0", False), ('exec g++ "$@"', True)])
+def test_a_compiler_that_builds_nothing_is_none(tmp_path, monkeypatch, body, works):
     """As of an old one, which does not know the language, or where a library cannot be loaded."""
+    if works and not can_compile(CPU):
+        pytest.skip(
+            "this machine does not compile: a C++ compiler, Python's headers or a place for programs is missing"
+        )
     script = tmp_path / "compiler"
-    for body, works in (("exit 1", False), ("exit 0", False), ('exec g++ "$@"', True)):
-        script.write_text(f"#!/bin/sh\n{body}\n")
-        script.chmod(0o755)
-        monkeypatch.setenv("CXX", str(script))
-        builds_libraries.cache_clear()
-        assert can_compile(CPU) == works
+    script.write_text(f"#!/bin/sh\n{body}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    builds_libraries.cache_clear()
+    assert can_compile(CPU) == works
 
 
 def test_a_change_of_attention_lets_shorter_budgets_pay_for_compiling(monkeypatch):

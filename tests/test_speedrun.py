@@ -104,10 +104,13 @@ def test_a_comparison_that_is_ended_ends_its_run(tmp_path, python_environment):
         "from command_line import run_main\n"
         "run_main(lambda: subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)']))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=python_environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=python_environment
+    )
     child = psutil.Process(int(process.stdout.readline()))
     process.terminate()
-    assert process.wait() == 143
+    told = process.communicate()[1].decode()
+    assert (process.returncode, told.strip()) == (143, "benchmarks/-c: stopped; nothing is kept")
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running()
 

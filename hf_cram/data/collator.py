@@ -115,7 +115,8 @@ class DataCollatorForFixedCountMasking:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [np.asarray(feature["input_ids"]) for feature in features]
-        if any(not np.all(feature["attention_mask"]) for feature in features if "attention_mask" in feature):
+        masks = (np.asarray(feature["attention_mask"]) for feature in features if "attention_mask" in feature)
+        if not all(mask.all() for mask in masks):
             raise ValueError("rows must not be padded: pack them first")
         lengths = {len(row) for row in rows}
         if len(lengths) > 1:

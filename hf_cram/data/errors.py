@@ -10,6 +10,10 @@ from ..hub_errors import first_line as first_line  # of any error, and safe for 
 logger = logging.getLogger(__name__)
 
 NAME_CHARACTERS = 60
+REPEAT_TEXT = (
+    "repeat every setting of the text, max_train_tokens included (installed-docs are another text whenever packages are "
+    "installed or removed, and so is any behind another version of hf_cram or tokenizers), or start a new run"
+)
 
 
 class DataError(ValueError):

@@ -57,27 +57,27 @@ def expand_files(patterns: Iterable[str]) -> list[Path]:
     # One at a time they would show in the middle of reading, and each that is removed makes another text of the rest.
     empty = [file for file in files.values() if file.exists() and not file.stat().st_size]
     if len(empty) > 1:
-        raise DataError(f"{len(empty)} files are empty: {', '.join(map(str, empty[:NAMED_FILES]))} ...: remove them")
+        more = ", ..." if len(empty) > NAMED_FILES else ""
+        raise DataError(f"{len(empty)} files are empty: {', '.join(map(str, empty[:NAMED_FILES]))}{more}: remove them")
     return list(files.values())
 
 
 def _expand(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        files = sorted(files_below(path))
-        # Hidden ones, as of trash and of editors, a pattern would pass over too.
-        named = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        found = [file for file in named if format_suffix(file) in TEXT_SUFFIXES]
+        hidden: list[Path] = []
+        files = sorted(files_below(path, hidden))
+        found = [file for file in files if format_suffix(file) in TEXT_SUFFIXES]
         if not found:
             raise DataError(f"{path}: the folder holds no text file ({', '.join(TEXT_SUFFIXES)}, also .gz, .zst)")
-        if len(found) < len(named):
-            others = sorted({file.suffix or file.name for file in named if format_suffix(file) not in TEXT_SUFFIXES})
+        if len(found) < len(files):
+            others = sorted({file.suffix or file.name for file in files if format_suffix(file) not in TEXT_SUFFIXES})
             logger.warning(
                 "%s: %d files of no known format are passed over (%s)",
-                path, len(named) - len(found), shortened(", ".join(others)),
+                path, len(files) - len(found), shortened(", ".join(others)),
             )  # fmt: skip
-        if len(named) < len(files):
-            logger.warning("%s: %d hidden files are passed over", path, len(files) - len(named))
+        if hidden:
+            logger.warning("%s: %d hidden files and folders are passed over", path, len(hidden))
     elif path.is_file():
         found = [path]
     else:
@@ -103,23 +103,26 @@ def _look_into_all(pattern: Path) -> None:
                     os.stat(os.path.join(folder, part))
 
 
-def files_below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path, hidden: list[Path] | None = None) -> Iterator[Path]:
     """
-    The files below a folder, also by links to folders; links that lead nowhere among them. Raises `OSError` for a folder
-    that is closed.
+    The files below a folder, also by links to folders; links that lead nowhere among them. Files and folders whose names
+    begin with a point, as of trash and of editors, go to the list `hidden` instead, where one is given: a pattern passes
+    over them too. Raises `OSError` for a folder that is closed.
     """
-    yield from _files_below(folder, ())
+    yield from _files_below(folder, (), hidden)
 
 
-def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+def _files_below(folder: Path, above: tuple[str, ...], hidden: list[Path] | None) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in above:  # a link that leads back
         return
     with os.scandir(folder) as entries:  # globbing would pass over a closed folder in silence
         paths = [Path(entry.path) for entry in entries if entry.name != NO_TEXT_OF_A_DISK]
     for path in paths:
-        if path.is_dir():
-            yield from _files_below(path, (*above, real))
+        if hidden is not None and path.name.startswith("."):
+            hidden.append(path)
+        elif path.is_dir():
+            yield from _files_below(path, (*above, real), hidden)
         elif path.is_file() or path.is_symlink():
             yield path
 

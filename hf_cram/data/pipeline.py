@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .cache import cached_entry
 from .deduplication import DeduplicationArguments
-from .errors import DataError, system_cause
+from .errors import REPEAT_TEXT, DataError, system_cause
 from .filtering import FilterArguments
 from .ordering import OrderingArguments
 from .packing import PackedRows, token_dtype
@@ -105,9 +105,7 @@ def prepare_corpus(
     rows = RowsStage(tokens, arguments, arguments)
     if expected_id not in (None, rows.key):
         raise DataError(
-            f"the run to resume has seen rows of the dataset {expected_id}, and these would be {rows.key}: repeat every "
-            "setting of the text, max_train_tokens included (installed-docs are another text whenever packages are "
-            "installed or removed, and so is any behind another version of tokenizers), or start a new run"
+            f"the run to resume has seen rows of the dataset {expected_id}, and these would be {rows.key}: {REPEAT_TEXT}"
         )
     directory, from_cache = rows.open()
     return open_corpus(directory, arguments.max_seq_length, from_cache, list(arguments.named_sources()))

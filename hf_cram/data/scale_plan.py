@@ -126,7 +126,7 @@ def make_plan(arguments: DataArguments, tasks: int) -> ScalePlan:
     arguments = _with_absolute_places(arguments)
     sources = list(arguments.named_sources().values())
     files = stamps_of(expand_files(sources[0].train_files) if sources[0].train_files else [])
-    identity = TextSource(arguments, open_cache(arguments)).identity
+    identity = TextSource(arguments, open_cache(arguments), workers=arguments.preprocessing_workers).identity
     limits = (sources[0].max_documents, sources[0].max_characters, sources[0].max_tokens, arguments.max_documents)
     is_read_whole = len(sources) == 1 and sources[0].max_passes == 1 and not any(limits)
     if is_read_whole and len(files) >= tasks:

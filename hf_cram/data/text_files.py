@@ -231,7 +231,7 @@ def _read_csv(file: Path, stream: IO[bytes], text_column: str, max_characters: i
             raise missing_column(str(file), text_column, names)
         for record in reader:
             text = record.get(text_column)
-            if None in record:  # what stands behind the last field, most likely the rest of a text
+            if any(record.get(None, ())):  # what stands behind the last field, most likely the rest of a text
                 yield reader.line_num, DataError("more fields than the header names: quote texts that hold commas")
             else:
                 yield reader.line_num, text if text is None else text.encode("utf-8", errors="surrogateescape")

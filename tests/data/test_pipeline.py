@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,8 @@ def fork(work, *arguments):
     if pid == 0:
         try:
             work(*arguments)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     return pid
@@ -194,7 +197,9 @@ def test_a_killed_preparation_is_never_trusted(tmp_path):
         time.sleep(60)
 
     pid = fork(cached_entry, entry, write_and_wait, False)
+    os.close(write_end)  # a fork that fails ends the reading
     assert os.read(read_end, 1) == b"!"
+    os.close(read_end)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert not is_complete(entry)
@@ -339,7 +344,9 @@ def test_killed_between_shards_it_goes_on_to_the_same_bytes(tmp_path, text, monk
     with monkeypatch.context() as patched:
         patched.setattr(token_shards.TokenShards, "write_next", write_and_wait)
         pid = fork(prepare_corpus, DataArguments(**values))
+    os.close(write_end)  # a fork that fails ends the reading
     assert os.read(read_end, 1) == b"!"
+    os.close(read_end)
     workers = psutil.Process(pid).children()
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

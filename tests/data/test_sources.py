@@ -102,8 +102,8 @@ def test_the_mark_of_utf_8_is_no_text(tmp_path, name):
 
 def test_rows_of_a_csv_file_that_lack_quotes_are_counted(tmp_path):
     path, report = tmp_path / "a.csv", SkipReport()
-    path.write_text("id,text\n1,Hello, world\n2,plain\n")
-    assert list(read_files([path], report)) == ["plain"]
+    path.write_text("id,text\n1,Hello, world\n2,plain\n3,with a comma behind it,\n")
+    assert list(read_files([path], report)) == ["plain", "with a comma behind it"]
     assert report.counts == {"more fields than the header names: quote texts that hold commas": 1}
 
 
@@ -310,7 +310,10 @@ def test_what_a_folder_holds_besides_is_said(tmp_path, caplog):
         (tmp_path / name).write_text("Thrown away.\n")
     caplog.clear()
     assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt", tmp_path / "f.jsonl.gz"]
-    assert caplog.messages[1:] == [f"{tmp_path}: 2 hidden files are passed over"]
+    (tmp_path / ".closed").mkdir(mode=0)
+    caplog.clear()
+    assert expand_files([str(tmp_path)]) == [tmp_path / "a.txt", tmp_path / "f.jsonl.gz"]
+    assert caplog.messages[1:] == [f"{tmp_path}: 3 hidden files and folders are passed over"]
     (tmp_path / "e.parquet.gz").touch()
     with pytest.raises(DataError, match=r"e.parquet.gz: parquet is compressed within: unpack the file"):
         expand_files([str(tmp_path)])
@@ -320,7 +323,7 @@ def test_all_empty_files_are_told_at_once(tmp_path):
     for name in ("a.txt", "b.txt", "c.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "d.txt").write_text("A text.\n")
-    with pytest.raises(DataError, match=r"^3 files are empty: .*a\.txt, .*b\.txt, .*c\.jsonl \.\.\.: remove them"):
+    with pytest.raises(DataError, match=r"^3 files are empty: .*a\.txt, .*b\.txt, .*c\.jsonl: remove them"):
         expand_files([str(tmp_path)])
 
 
