@@ -162,7 +162,7 @@ def test_a_budget_beyond_the_shapes_says_so(capsys):
 
 
 def test_a_budget_between_two_shapes_is_not_beyond_them(capsys):
-    main(["--time_budget", "5m", "--matmul_tflops", "0.5", "--memory_gb", "8"])
+    main(["--time_budget", "5m", "--matmul_tflops", "0.7", "--memory_gb", "8"])
     table = capsys.readouterr().out
     assert not table.splitlines()[1].endswith("<-")
     assert "The shapes end here" not in table
