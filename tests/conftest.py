@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,22 @@ def progress_bars():
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def kept_estimates(module):
+    """Searches ask `estimate_training_memory` for the same again and again: within the block `module` asks once."""
+    kept, estimate = {}, module.estimate_training_memory
+
+    def estimate_once(config, setup, rows):
+        key = config.to_json_string(use_diff=False), config._attn_implementation, setup, rows
+        if key not in kept:
+            kept[key] = estimate(config, setup, rows)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "estimate_training_memory", estimate_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import REPOSITORY, VOCAB_SIZE
+from conftest import REPOSITORY, VOCAB_SIZE, kept_estimates
 from transformers import BertConfig
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, memory
@@ -31,18 +31,8 @@ PLAIN = TrainingSetup(max_seq_length=16, autocast_dtype=None, accumulates_gradie
 
 
 @pytest.fixture(scope="module", autouse=True)
-def estimates_are_kept():
-    """Searches ask for the same ones again and again."""
-    kept, estimate = {}, memory.estimate_training_memory
-
-    def estimate_once(config, setup, rows):
-        key = config.to_json_string(use_diff=False), config._attn_implementation, setup, rows
-        if key not in kept:
-            kept[key] = estimate(config, setup, rows)
-        return kept[key]
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(memory, "estimate_training_memory", estimate_once)
+def estimates():
+    with kept_estimates(memory):
         yield
 
 

@@ -7,10 +7,10 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, kept_estimates
 from transformers import AutoModelForMaskedLM
 
-from hf_cram import CrammedBertForMaskedLM
+from hf_cram import CrammedBertForMaskedLM, plan
 from hf_cram.hardware import random_batch, training_flops
 from hf_cram.memory import BYTES_PER_GB, RESERVE_BYTES
 from hf_cram.plan import choose, describe, describe_ratio, main, nearest_first, plan_training
@@ -29,6 +29,12 @@ from hf_cram.training_args import CramTrainingArguments
 # Matrix products in bf16, a second: those that 2 CPU cores reached, and a large GPU's.
 CPU = Machine(lambda shape: 5e11, "bf16", 24 * BYTES_PER_GB, is_cpu=True)
 GPU = Machine(lambda shape: 1e14, "bf16", 48 * BYTES_PER_GB)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def estimates():
+    with kept_estimates(plan):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import csv
 import os
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -152,10 +153,12 @@ def test_a_checkout_is_no_installed_package(tmp_path, monkeypatch):
     (tmp_path / "installed" / "mine-1.0.dist-info" / "RECORD").write_text("mine.py,,\n")
     for folder in ("installed", "checkout"):
         (tmp_path / folder / "mine.py").touch()
-    monkeypatch.syspath_prepend(tmp_path / "installed")
+    path = [str(tmp_path / "installed")]
+    monkeypatch.setattr(installed_docs, "sys", SimpleNamespace(path=path))  # all else that is installed takes seconds
+    monkeypatch.setattr(installed_docs, "_library_files", list)
     before = fingerprint_installed()
     assert ("mine", tmp_path / "installed" / "mine.py") in source_files()
-    monkeypatch.syspath_prepend(tmp_path / "checkout")
+    path.insert(0, str(tmp_path / "checkout"))
     assert ("mine", tmp_path / "installed" / "mine.py") in source_files()
     assert fingerprint_installed() == before
 
