@@ -86,21 +86,19 @@ def _read(kind: str, paths: Sequence[str], place: str) -> Dataset:
         if kind == "csv":
             rows = _read_csv(*paths)
             check_stamps(stamps)
-            return rows
-        # The library's own place goes by the files' names and times, and would hand out what others held.
-        cache_dir = cache_of_folder(hash_of(kind, list(stamps)))
-        files = [glob.escape(path) for path in paths]  # the library takes names for patterns
-        rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir)
-        check_copy(cache_dir, lambda: check_stamps(stamps))
-        return rows
+        else:
+            # The library's own place goes by the files' names and times, and would hand out what others held.
+            cache_dir = cache_of_folder(hash_of(kind, list(stamps)))
+            files = [glob.escape(path) for path in paths]  # the library takes names for patterns
+            rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir)
+            check_copy(cache_dir, lambda: check_stamps(stamps))
     except (ArithmeticError, DatasetsError, OSError, TypeError, ValueError) as error:
-        if isinstance(error, NoRowsError) or "corresponds to no data" in str(error):
+        if "corresponds to no data" in str(error):
             raise GlueError(f"{place} holds no rows") from error
         raise GlueError(f"{place} cannot be read as {kind}: {cause_of(error)}") from error
-
-
-class NoRowsError(ValueError):
-    """A file has a header alone."""
+    if not len(rows):
+        raise GlueError(f"{place} holds no rows")
+    return rows
 
 
 def _read_csv(path: str) -> Dataset:
@@ -113,8 +111,6 @@ def _read_csv(path: str) -> Dataset:
     frame = pd.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False)
     if not isinstance(frame.index, pd.RangeIndex):  # rows are longer than the header, and would lose what stands first
         raise ValueError("rows have more fields than the header names: name each column, and quote texts with commas")
-    if frame.empty:
-        raise NoRowsError
     return Dataset.from_pandas(frame, preserve_index=False)
 
 

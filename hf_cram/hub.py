@@ -37,8 +37,8 @@ PUSHING_NAME = ".pushing"
 WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
 # What tells of the weights that it lies beside, and of no others.
 OF_WEIGHTS = (
-    "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png", "all_results.json", "glue_results.json", "glue_results.png",
-    "minimal_pairs_results.json",
+    "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png", "all_results.json", "glue_results.json",
+    "glue_results.png", "minimal_pairs_results.json",
 )  # fmt: skip
 # All that is ever pushed, beside the code files that config.json names: no optimiser, no state of a run, nothing else
 # that may lie in the folder.

@@ -63,12 +63,7 @@ def fork_rank(kind, arguments, rank, ranks, port):
 
 def run_program(command):
     sys.argv = command
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    runpy.run_path(command[0], run_name="__main__")
     return 0
 
 

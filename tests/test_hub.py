@@ -55,15 +55,10 @@ client.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: ti
 def run(job):
     huggingface_hub.constants.ENDPOINT = job["endpoint"]
     sys.argv = job["command"]
-    try:
-        if sys.argv[0] == "hf_cram.hub":
-            hf_cram.hub.main(sys.argv[1:])
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    if sys.argv[0] == "hf_cram.hub":
+        hf_cram.hub.main(sys.argv[1:])
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
     return 0
 """
 

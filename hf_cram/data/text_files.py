@@ -221,12 +221,10 @@ def _read_csv(file: Path, stream: IO[bytes], text_column: str, max_characters: i
     with io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="") as text_stream:
         reader = csv.DictReader(text_stream)
         names = reader.fieldnames
-        if (
-            names is not None
-            and len(names) == 1
-            and (other := next(filter(names[0].__contains__, OTHER_SEPARATORS), ""))
-        ):
-            raise DataError(f"{file}: its fields are separated by {other!r}: write it with commas")
+        if names is not None and len(names) == 1:
+            for other in OTHER_SEPARATORS:
+                if other in names[0]:
+                    raise DataError(f"{file}: its fields are separated by {other!r}: write it with commas")
         if names is not None and text_column not in names:
             raise missing_column(str(file), text_column, names)
         for record in reader:
