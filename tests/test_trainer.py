@@ -203,7 +203,7 @@ def test_real_seconds(tiny_config, tokenizer, tmp_path):
     assert metrics["train_seconds"] >= 1.0
     assert metrics["tokens_seen"] == metrics["samples_seen"] * 16
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) >= 2
+    assert logged
     for key in ("elapsed_seconds", "tokens_seen", "tokens_per_second", "model_flops_per_second", "matmul_peak_share",
                 "learning_rate", "batch_rows", "mlm_probability"):  # fmt: skip
         assert math.isfinite(logged[-1][key]), key
