@@ -1,4 +1,5 @@
-# Every bar of the project has a command here.
+# The commands behind the README's table of speed, and behind the first of its tables on GLUE and on the paper's recipe.
+# BOOKS is a parquet file with a column `text`, GLUE_DATA a folder laid out like nyu-mll/glue.
 
 BOOKS = ../shared/data/classic_books.parquet
 GLUE_DATA = ../shared/data/glue
@@ -25,10 +26,11 @@ test-slow:
 test-gpu:
 	CUDA_VISIBLE_DEVICES=0 pytest -m gpu
 
-# Kills real runs at 25 random moments, saving included, and compares the weights with the uninterrupted run's.
+# Kills real training processes at 25 random moments, saving included, and compares the weights with the uninterrupted run's.
 test-kill:
 	pytest -m slow tests/test_run_mlm_cram.py -k killed
 
+# Three rounds of six pipelines over 1 GB of text, which it leaves in ~/.cache/hf_cram_benchmarks.
 benchmark-data:
 	python benchmarks/data_pipeline.py --text $(BOOKS)
 
@@ -66,7 +68,7 @@ benchmark-speedrun:
 quickstart:
 	accelerate launch run_mlm_cram.py training_args/quickstart.yaml
 
-# The quickstart's model against the same network from scratch.
+# The quickstart's model, in out/quickstart, against the same network from scratch.
 GLUE = python run_glue.py training_args/glue_small.yaml --model_name_or_path out/quickstart --glue_data $(GLUE_DATA) \
 	--tasks stsb,cola,mrpc,sst2 --max_train_samples 4000 --seeds 3
 glue:
