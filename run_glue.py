@@ -17,14 +17,16 @@ import datasets
 
 import hf_cram  # noqa: F401 registers the crammed BERT with the Auto classes
 from hf_cram.data.errors import first_line
+from hf_cram.files import GLUE_RESULTS
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments, check_given
 from hf_cram.glue import GlueError
-from hf_cram.glue_outputs import RESULTS_NAME, results_table
-from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
-from hf_cram.hardware import OUT_OF_MEMORY, is_out_of_memory
+from hf_cram.glue_args import GlueArguments, parse_seeds
+from hf_cram.glue_outputs import results_table
+from hf_cram.glue_run import GlueRun
 from hf_cram.hardware_choices import check_device
 from hf_cram.hub import HubTarget, push_or_warn
 from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
+from hf_cram.out_of_memory import is_out_of_memory
 from hf_cram.recipes import RecipeParser
 from hf_cram.script_args import FineTunedCardArguments
 
@@ -62,7 +64,7 @@ def main() -> None:
     if is_main:
         run.write(results)
         print(results_table(results, run.tasks))
-        print(run.output_dir / RESULTS_NAME)
+        print(run.output_dir / GLUE_RESULTS)
         if training_args.push_to_hub and shared_folder is not None:
             push(run, shared_folder, training_args)
 
@@ -97,9 +99,7 @@ if __name__ == "__main__":
             "run_glue.py: stopped; finished pairs are kept: the same command goes on with the others", file=sys.stderr
         )
         sys.exit(130)
-    except (*OUT_OF_MEMORY, ImportError, OSError, ValueError) as error:
-        sys.exit(f"run_glue.py: error: {explain(error)}")
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         sys.exit(f"run_glue.py: error: {explain(error)}")

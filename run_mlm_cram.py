@@ -21,16 +21,17 @@ from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram.callbacks import LossCurveCallback, fill_sentences
 from hf_cram.checkpointing import CheckpointError
-from hf_cram.data.collator import DataCollatorForFixedCountMasking
+from hf_cram.data.collator import DataCollatorForFixedCountMasking, held_out_collator
 from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
 from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.source_arguments import INSTALLED_DOCS
 from hf_cram.files import write_atomically
-from hf_cram.hardware import describe_hardware, is_out_of_memory, takes_masked_positions
+from hf_cram.hardware import describe_hardware, takes_masked_positions
 from hf_cram.hardware_choices import check_device
 from hf_cram.launching import end_process, end_with_launcher, start_missing_processes, use_all_cores
 from hf_cram.model_card import build_model_card, save_model_card
+from hf_cram.out_of_memory import is_out_of_memory
 from hf_cram.output_folder import holds_result, set_earlier_results_aside, state_of_the_resumed
 from hf_cram.recipes import RecipeParser, build_config
 from hf_cram.script_args import RECIPE_PARTS, CardArguments, MaskingArguments, check_row_length, shareable
@@ -40,9 +41,6 @@ from hf_cram.training_args import CramTrainingArguments, check_given
 
 logger = logging.getLogger("hf_cram")
 
-# Held-out loss is always measured with these masks, whatever the training's rate and seed.
-EVAL_MLM_PROBABILITY = 0.15
-EVAL_MASK_SEED = 2212
 WORTH_TELLING = 1.5  # passes over a text that a run limits by its budget
 
 
@@ -165,9 +163,7 @@ def build_trainer(
     return CramTrainer(
         model,
         training_args,
-        eval_data_collator=DataCollatorForFixedCountMasking(
-            corpus.tokenizer, EVAL_MLM_PROBABILITY, seed=EVAL_MASK_SEED
-        ),
+        eval_data_collator=held_out_collator(corpus.tokenizer),
         train_dataset=corpus.train_dataset,
         eval_dataset=corpus.eval_dataset,
         data_collator=collator,
@@ -220,7 +216,7 @@ def text_name(data_args: DataArguments) -> str:
     """The text in words, without folders of this machine."""
     if data_args.sources is not None or data_args.hub_names:
         return data_args.source_name
-    return Path(data_args.source_name).name
+    return Path(os.path.abspath(data_args.source_name)).name
 
 
 def write_card(

@@ -5,17 +5,21 @@ Each imports this module before hf_cram.
 """
 
 import argparse
+import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not a copy that was installed earlier
+REPOSITORY = Path(__file__).resolve().parents[1]
+BOOKS = REPOSITORY.parent / "shared" / "data" / "classic_books.parquet"
+sys.path.insert(0, str(REPOSITORY))  # not a copy that was installed earlier
 
 
 def verdict(passed: bool) -> str:
@@ -36,6 +40,17 @@ def check_file(parser: argparse.ArgumentParser, option: str, path: Path) -> None
     """End the program where there is no such file."""
     if not path.is_file():
         parser.error(f"{option}: no file {path}")
+
+
+def measure_apart(options: Sequence[str], **environment: str) -> Any:
+    """What this benchmark prints last with these options, as JSON, in a process of its own; its words where it fails."""
+    done = subprocess.run(
+        [sys.executable, sys.argv[0], *options], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+    done.check_returncode()  # `run_main` says which
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def run_main(main: Callable[[], None], kept: str = "nothing is kept") -> None:

@@ -25,17 +25,13 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from command_line import check_file, choose, run_main, verdict
+from command_line import BOOKS, check_file, choose, measure_apart, run_main, verdict
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-DEFAULT_TEXT = REPOSITORY.parent / "shared" / "data" / "classic_books.parquet"
 DEFAULT_CACHE = Path.home() / ".cache" / "hf_cram_benchmarks"
 LENGTH = 128
 EVAL_ROWS = 1024
@@ -279,23 +275,13 @@ MEASUREMENTS = {
 
 def run(arm: str, text: Path, work: Path, processes: int) -> dict:
     """One measurement in a fresh process on `processes` cores."""
-    command = [sys.executable, __file__, "--arm", arm, "--text", str(text), "--work", str(work)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        "RAYON_NUM_THREADS": str(processes),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    }
     with tempfile.TemporaryDirectory(dir=work) as folder:
         (Path(folder) / "tokenizer").symlink_to(work / "tokenizer")
-        command[-1] = folder if arm != "tokenizer" else str(work)
-        done = subprocess.run(
-            [*command, "--processes", str(processes)], env=environment, capture_output=True, text=True
-        )
-    if done.returncode != 0:
-        sys.exit(f"{arm} failed:\n{done.stderr}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        place = str(work) if arm == "tokenizer" else folder
+        return measure_apart(
+            ["--arm", arm, "--text", str(text), "--work", place, "--processes", str(processes)],
+            RAYON_NUM_THREADS=str(processes), HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+        )  # fmt: skip
 
 
 def measure(arm: str, text: Path, work: Path, processes: int) -> dict:
@@ -369,7 +355,7 @@ def report(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=DEFAULT_TEXT, help="parquet file with a text column")
+    parser.add_argument("--text", type=Path, default=BOOKS, help="parquet file with a text column")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the text that is built from it")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for that text and all work")
     parser.add_argument("--repeats", type=int, default=3)

@@ -12,11 +12,8 @@ before, and the stated bound is `memory_mb` for passages.
 
 import argparse
 import json
-import os
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,10 +21,8 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
-from command_line import check_file, run_main, verdict
+from command_line import BOOKS, check_file, measure_apart, run_main, verdict
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-DEFAULT_TEXT = REPOSITORY.parent / "shared" / "data" / "classic_books.parquet"
 SPEED_BAR = 1.5
 NEAR_SIMILARITY = 0.8
 
@@ -88,19 +83,10 @@ def measure(what: str, text: Path, min_bytes: int, memory_mb: int) -> dict:
 
 def run(what: str, text: Path, min_bytes: int, memory_mb: int) -> dict:
     """One measurement in a fresh process on one thread."""
-    command = [sys.executable, __file__, "--measure", what, "--text", str(text)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "RAYON_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    options = ["--min_bytes", str(min_bytes), "--memory_mb", str(memory_mb)]
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{what} failed:\n{done.stderr}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return measure_apart(
+        ["--measure", what, "--text", str(text), "--min_bytes", str(min_bytes), "--memory_mb", str(memory_mb)],
+        OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
 
 
 def report(options: argparse.Namespace) -> None:
@@ -127,7 +113,7 @@ def report(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=DEFAULT_TEXT, help="parquet file with a text column")
+    parser.add_argument("--text", type=Path, default=BOOKS, help="parquet file with a text column")
     parser.add_argument("--min_bytes", type=int, default=100)
     parser.add_argument("--memory_mb", type=int, default=1000)
     parser.add_argument("--copies", type=int, default=2, help="how often the text stands in the hard case")

@@ -1,5 +1,5 @@
 """
-Peak memory of training on this machine's GPU, or CPU without one, against the calculation of `hf_cram/memory.py`.
+Peak memory of training on this machine's GPU, or CPU without one, against the calculation of `hf_cram/training_memory.py`.
 
     python benchmarks/memory.py [--cases small-16,medium-32] [--compile]
 
@@ -14,24 +14,21 @@ measured, as its allocator counts them.
 import argparse
 import gc
 import json
-import os
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
 import psutil
 import torch
-from command_line import run_main, verdict
+from command_line import measure_apart, run_main, verdict
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
 from hf_cram.hardware import forget_peak_memory, peak_memory_bytes
-from hf_cram.memory import TrainingSetup, estimate_training_memory
 from hf_cram.trainer import CramTrainer
 from hf_cram.training_args import CramTrainingArguments
+from hf_cram.training_memory import TrainingSetup, estimate_training_memory
 
 BAR = 0.15
 LENGTH = 128
@@ -140,9 +137,7 @@ def calculate(case: str) -> dict[str, int]:
 
 
 def run_case(case: str, compiled: bool) -> dict[str, int]:
-    command = [sys.executable, __file__, "--measure", case] + ["--compile"] * compiled
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
-    return json.loads(output.stdout.strip().splitlines()[-1])
+    return measure_apart(["--measure", case, *["--compile"] * compiled], **ENVIRONMENT)
 
 
 def main() -> None:

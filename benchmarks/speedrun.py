@@ -33,7 +33,6 @@ ARMS_FILE = Path(__file__).with_name("speedrun_arms.yaml")
 PROBE = Path(__file__).with_name("transfer_probe.py")
 NUMBER = re.compile(r"[\d.]+e-?\d+")
 SPLIT_VALUES = re.compile(r",(?![^{]*})")  # not inside {...}
-EVAL_MLM_PROBABILITY, EVAL_MASK_SEED = 0.15, 2212
 # Shares of the budget at which the held-out loss is measured: close together where the curve is steep.
 POINTS = [0.01 * 1.3**power for power in range(18)]
 END = 1.0
@@ -110,7 +109,6 @@ def run_here(job: dict) -> dict:
     """Train one arm once; returns its curve and speed."""
 
     import numpy as np
-    import torch
     from torch._dynamo.callback import callback_handler
     from transformers import set_seed
 
@@ -157,18 +155,24 @@ def run_here(job: dict) -> dict:
     if job.get("save_to"):
         model.save_pretrained(job["save_to"])
         tokenizer.save_pretrained(job["save_to"])
-    metrics = trainer.budget_metrics()
     return {
         "final_loss": final_loss,
         "seconds": seconds,
-        "tokens": metrics["tokens_seen"],
-        "steps": metrics["optimizer_steps"],
         "num_parameters": model.num_parameters(),
-        "matmul_peak_share": metrics["training_flops"] / seconds / metrics["matmul_peak_flops_per_second"],
-        "peak_memory_bytes": metrics["peak_memory_bytes"],
         "curve": curve,
         "points": points,
-        "is_finite": bool(np.isfinite(final_loss)) and torch.isfinite(torch.tensor(curve)).all().item(),
+        "is_finite": bool(np.isfinite(curve).all()),
+        **figures_of(trainer.budget_metrics(), seconds),
+    }
+
+
+def figures_of(metrics: dict, seconds: float) -> dict:
+    """What the table tells of a run's speed and memory."""
+    return {
+        "tokens": metrics["tokens_seen"],
+        "steps": metrics["optimizer_steps"],
+        "matmul_peak_share": metrics["training_flops"] / seconds / metrics["matmul_peak_flops_per_second"],
+        "peak_memory_bytes": metrics["peak_memory_bytes"],
     }
 
 
@@ -193,9 +197,9 @@ def at_points(fraction_used, measure):
 
 def build_eval_batches(held_out, tokenizer, rows: int) -> list[dict]:
     """Held-out rows with masks drawn once, whatever the training's rate and seed."""
-    from hf_cram.data.collator import DataCollatorForFixedCountMasking
+    from hf_cram.data.collator import held_out_collator
 
-    collator = DataCollatorForFixedCountMasking(tokenizer, EVAL_MLM_PROBABILITY, seed=EVAL_MASK_SEED)
+    collator = held_out_collator(tokenizer)
     count = min(rows, len(held_out))
     return [collator(held_out.__getitems__(range(start, min(start + 64, count)))) for start in range(0, count, 64)]
 
@@ -535,7 +539,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.probe is None and options.probe_seeds != parser.get_default("probe_seeds"):
         parser.error("--probe_seeds is for a probe: name a folder with --probe, or leave it out")
     if options.probe is not None:
-        from hf_cram.glue_run import parse_seeds
+        from hf_cram.glue_args import parse_seeds
 
         parse_seeds("--probe_seeds", options.probe_seeds)
         for task in ("sst2", "cola", "stsb"):
@@ -545,7 +549,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error(f"--sweep: {min(unmoved)} is the same for every arm here, and a sweep of it would change nothing")
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time_budget", default="60s", help="of every run")
     parser.add_argument("--max_steps", type=int, default=0, help="equal steps instead of equal time")
@@ -570,6 +574,11 @@ def main() -> None:
     parser.add_argument("--no_compile", action="store_true", help="for short runs of equal steps")
     parser.add_argument("--cache_dir", help="of the prepared text")
     parser.add_argument("--output_dir", required=True)
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     options = parser.parse_args()
     check_options(parser, options)
 

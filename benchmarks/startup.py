@@ -15,9 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from command_line import run_main, verdict
+from command_line import REPOSITORY, run_main, verdict
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 BARS = {"to the first step": 15.0, "to the start of training": 10.0}
 
 

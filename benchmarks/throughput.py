@@ -12,13 +12,11 @@ step (the same batches, model and optimiser without the Trainer) in turn with th
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 
-from command_line import choose, run_main, verdict
+from command_line import choose, measure_apart, run_main, verdict
 
 SHAPES = {
     "small": {"layers": 4, "hidden": 256, "heads": 4, "ffn": 1024, "micro_batch": 64, "steps": 20},
@@ -120,7 +118,7 @@ def measure(arm: str, shape: dict) -> dict:
             if done >= 0 and done % (steps // 2) == 0:
                 timer.mark(state.global_step)
                 if arm == "crammed":
-                    bare_seconds.append(bare_block(steps // 2))
+                    bare_seconds.append(bare_block(trainer, steps // 2))
                     timer.mark(-state.global_step)
 
     common = {
@@ -144,21 +142,6 @@ def measure(arm: str, shape: dict) -> dict:
         args = TrainingArguments(**common, logging_steps=10**9)
         trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[Timing()])
 
-    def bare_block(count: int) -> float:
-        """Seconds of `count` steps of the same model and optimiser, without the Trainer."""
-        started = time.perf_counter()
-        for index in range(count):
-            batch = collator(rows[index * micro_batch : (index + 1) * micro_batch])
-            batch = {name: tensor.to(trainer.args.device, non_blocking=True) for name, tensor in batch.items()}
-            labels = batch["labels"]
-            loss = trainer.model_wrapped(**batch, num_items_in_batch=labels.ne(-100).sum()).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 0.5)
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
-        synchronize()
-        return time.perf_counter() - started
-
     trainer.train()
     block_tokens = steps // 2 * micro_batch * LENGTH
     marks = timer.marks
@@ -171,10 +154,26 @@ def measure(arm: str, shape: dict) -> dict:
     return result
 
 
+def bare_block(trainer, count: int) -> float:
+    """Seconds of `count` steps of the trainer's model and optimiser on its rows, without the Trainer."""
+    import torch
+
+    rows, micro_batch = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    started = time.perf_counter()
+    for index in range(count):
+        batch = trainer.data_collator(rows[index * micro_batch : (index + 1) * micro_batch])
+        batch = {name: tensor.to(trainer.args.device, non_blocking=True) for name, tensor in batch.items()}
+        loss = trainer.model_wrapped(**batch, num_items_in_batch=batch["labels"].ne(-100).sum()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 0.5)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+    synchronize()
+    return time.perf_counter() - started
+
+
 def run_arm(arm: str, shape_name: str) -> dict:
-    command = [sys.executable, __file__, "--arm", arm, "--shapes", shape_name]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])
+    return measure_apart(["--arm", arm, "--shapes", shape_name])
 
 
 def main() -> None:

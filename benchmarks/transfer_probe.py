@@ -25,9 +25,10 @@ from transformers.utils import logging as transformers_logging
 import hf_cram  # noqa: F401 registers the crammed BERT
 from hf_cram.classifier import longest_example
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
+from hf_cram.glue_args import GlueArguments, parse_seeds
 from hf_cram.glue_data import TaskData
 from hf_cram.glue_encoding import EncodedTask, encode_task
-from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
+from hf_cram.glue_run import GlueRun
 
 TASKS = "sst2,cola,stsb"
 MOST_EXAMPLES = 4000

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .data.errors import nearest
+from .data.errors import did_you_mean
 
 SECONDS_PER_UNIT = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 DURATION_PATTERN = re.compile(r"(?:\d+(?:\.\d+)?[dhms])+")
@@ -155,11 +155,6 @@ def build_lr_schedule(name: str, shape: dict[str, Any] | None = None) -> Callabl
     return lambda fraction: schedule(fraction, **shape)
 
 
-def did_you_mean(name: str, valid: Any) -> str:
-    """`; did you mean 'x'? (valid: ...)` for an error message."""
-    return f"{nearest(name, valid)} (valid: {', '.join(valid)})"
-
-
 class BudgetLRScheduler(LRScheduler):
     """
     Learning rate as a function of the used fraction of the budget instead of the step.
@@ -208,10 +203,11 @@ class Interval:
     [`due`] answers once for each point that was passed since it was last asked.
     """
 
-    def __init__(self, text: str):
-        self.is_share = text.strip().endswith("%")
+    def __init__(self, text: str | float):
+        cleaned = str(text).strip()
+        self.is_share = cleaned.endswith("%")
         try:
-            self.period = float(text.strip()[:-1]) / 100 if self.is_share else parse_duration(text)
+            self.period = float(cleaned[:-1]) / 100 if self.is_share else parse_duration(cleaned)
         except ValueError:
             raise ValueError(f"{text!r} is not an interval: write '5%' of the budget, '30m' or '60s'") from None
         if not self.period > 0:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from .data.errors import first_line
 from .files import flush_to_disk, read_json, write_json_atomically
-from .hardware import is_out_of_memory
+from .out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from .data.tokenization import read_tokenizer
 from .fine_tuning_args import EncoderArguments
 from .glue import GlueError
 from .glue_data import TaskData
-from .hardware import is_out_of_memory
 from .model_files import LOADING_ERRORS, content_of, has_file, hash_of, loading_cause
+from .out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

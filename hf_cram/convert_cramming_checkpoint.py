@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,9 +34,11 @@ from .modeling_crammed_bert import (
     CrammedBertForSequenceClassification,
     CrammedBertPreTrainedModel,
 )
+from .programs import ending_in_one_line
 
 logger = logging.getLogger(__name__)
 
+PROGRAM = "python -m hf_cram.convert_cramming_checkpoint"
 PAPER_MODEL_TYPE = "crammedBERT"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -527,7 +528,7 @@ def convert(source: Path, target: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert and say what was written."""
-    parser = argparse.ArgumentParser(prog="python -m hf_cram.convert_cramming_checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help="folder of the checkpoint, or its file of weights")
     parser.add_argument("target", metavar="OUT", type=Path, help="new or empty folder for the converted one")
     options = parser.parse_args(arguments)
@@ -535,10 +536,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_in_one_line(PROGRAM, ConversionError, stopped="stopped; nothing was written"):
         main()
-    except KeyboardInterrupt:
-        print("python -m hf_cram.convert_cramming_checkpoint: stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    except ConversionError as error:
-        sys.exit(f"python -m hf_cram.convert_cramming_checkpoint: error: {error}")

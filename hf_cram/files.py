@@ -12,6 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
+# The results of a model, beside its weights: of training it, and of scoring it.
+TRAINING_RESULTS, GLUE_RESULTS = "all_results.json", "glue_results.json"
+MINIMAL_PAIRS_RESULTS = "minimal_pairs_results.json"
 WITHOUT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say whose folders cannot be flushed
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what file systems say that have none
 

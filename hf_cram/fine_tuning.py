@@ -170,6 +170,11 @@ class FineTuner:
                 f"model_name_or_path: the tokenizer of {self.encoder.model_name_or_path} gives token "
                 f"{task.largest_token_id}, but its model has embeddings for {vocab_size} only"
             )
+        text_config = model.config.get_text_config()
+        if (
+            getattr(text_config, "pad_token_id", None) is None
+        ):  # by which a decoder finds the last token of each example
+            text_config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.args.device)  # type: ignore[arg-type]
 
     def _optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:

@@ -161,11 +161,6 @@ class FineTuningArguments(OpenPrecisionArguments):
         arguments.num_train_epochs = num_train_epochs
         return arguments
 
-    def set_precision(self, bf16: bool) -> None:
-        """Train in bf16 autocast, or in what `fp16` says. Once a process: accelerate knows one precision."""
-        self.bf16 = bf16
-        self.mixed_precision = "fp16" if self.fp16 else "bf16" if bf16 else "no"
-
     @property
     def setting(self) -> dict[str, Any]:
         """What decides the scores, beside the model and the data."""

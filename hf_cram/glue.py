@@ -9,7 +9,7 @@ from typing import Any
 import evaluate
 import numpy as np
 
-from .budget import did_you_mean
+from .data.errors import did_you_mean
 from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS
 
 METRIC_PATH = str(Path(__file__).with_name("glue_metric.py"))

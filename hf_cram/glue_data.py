@@ -22,7 +22,7 @@ from .model_files import hash_of
 logger = logging.getLogger(__name__)
 
 NAMED_CLASSES = 5
-GLUE_NAME = "nyu-mll/glue"
+GLUE_DATASET = "nyu-mll/glue"
 DIAGNOSTIC = "ax"  # predicted by the model of MNLI, and part of a submission
 EXTENSIONS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ABSENT = ("na", "n/a", "nan", "null", "none")  # no number, among numbers
@@ -51,7 +51,7 @@ def load_glue_task(task: Task, glue_data: str | None = None) -> TaskData:
     A test split may be absent. MNLI has the diagnostic set `ax` as a further test split, where that is there. Raises
     [`GlueError`] where train or validation is absent, or a column.
     """
-    data = _pick_splits(task, _load_splits(task.name, glue_data), str(glue_data or GLUE_NAME))
+    data = _pick_splits(task, _load_splits(task.name, glue_data), str(glue_data or GLUE_DATASET))
     if task.name == "mnli" and (glue_data is None or (Path(glue_data) / DIAGNOSTIC).is_dir()):
         diagnostic = _load_splits(DIAGNOSTIC, glue_data)
         if "test" in diagnostic:
@@ -62,10 +62,10 @@ def load_glue_task(task: Task, glue_data: str | None = None) -> TaskData:
 def _load_splits(name: str, glue_data: str | None) -> DatasetDict:
     if glue_data is None:
         try:
-            return load_dataset(GLUE_NAME, name)
+            return load_dataset(GLUE_DATASET, name)
         except reading_errors() as error:
             raise GlueError(
-                f"{GLUE_NAME} ({name}) cannot be loaded: {first_line(error)}; "
+                f"{GLUE_DATASET} ({name}) cannot be loaded: {first_line(error)}; "
                 "give a folder laid out like it with --glue_data"
             ) from error
     folder = Path(glue_data) / name

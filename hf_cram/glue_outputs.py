@@ -18,7 +18,6 @@ from .markup import chart_label
 from .paper_results import PAPER_GLUE_ROWS, TASK_TITLES, examples_note
 
 PAIRS_NAME = "glue_runs.jsonl"
-RESULTS_NAME = "glue_results.json"
 CHART_NAME = "glue_results.png"
 SUBMISSION_NAME = "glue_submission.zip"
 

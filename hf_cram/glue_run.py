@@ -2,10 +2,9 @@
 
 import itertools
 import logging
-import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from .classifier import check_pairs, fingerprint, load_tokenizer, longest_example, pin
 from .data.sources import check_stamps, stamps_of
-from .files import can_make, flush_to_disk, read_object, write_json_atomically
+from .files import GLUE_RESULTS, can_make, flush_to_disk, read_object, write_json_atomically
 from .fine_tuning import FineTuner
 from .fine_tuning_args import EncoderArguments, FineTuningArguments
 from .glue import (
@@ -30,13 +29,13 @@ from .glue import (
     load_metric,
     numbers_of,
 )
-from .glue_data import DIAGNOSTIC, GLUE_NAME, TaskData, load_glue_task, load_own_task
+from .glue_args import GlueArguments, parse_seeds
+from .glue_data import DIAGNOSTIC, GLUE_DATASET, TaskData, load_glue_task, load_own_task
 from .glue_encoding import EncodedTask, encode_task
 from .glue_folder import DEFAULT_OUTPUT_DIR, KEPT_NAME, check_replaceable, output_folder
 from .glue_outputs import (
     CHART_NAME,
     PAIRS_NAME,
-    RESULTS_NAME,
     SUBMISSION_NAME,
     PairLog,
     draw_chart,
@@ -48,11 +47,13 @@ from .glue_outputs import (
     write_predictions,
     write_submission,
 )
+from .hub import name_of_run
 from .model_card import (
     CARD_NAME,
+    EVAL_FOLDER,
     ModelCardError,
     build_fine_tuned_card,
-    forget_own_data,
+    forget_scores,
     read_card_metadata,
     save_model_card,
     update_model_card,
@@ -61,94 +62,6 @@ from .model_files import content_of, hash_of, name_model
 from .output_folder import first_free
 
 logger = logging.getLogger(__name__)
-
-MOST_SEEDS = 10_000  # a larger number is a seed, whose comma is missing
-
-
-@dataclass
-class GlueArguments:
-    """What is scored, and how often."""
-
-    tasks: str | None = field(
-        default=None, metadata={"help": "Comma-separated GLUE tasks; default: all that glue_data holds, or all nine."}
-    )
-    glue_data: str | None = field(
-        default=None, metadata={"help": "Folder laid out like the data set nyu-mll/glue; default: that data set."}
-    )
-    seeds: str = field(
-        default="5", metadata={"help": "Number of seeds (1, 2, ...), or a comma-separated list of them: '3,7,'."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random part of each task."})
-    metric: str | None = field(
-        default=None, metadata={"help": "Another metric of the evaluate library, by name or path; reported as it is."}
-    )
-    train_file: str | None = field(default=None, metadata={"help": "Own data instead of GLUE: csv, json(l), parquet."})
-    validation_file: str | None = field(default=None, metadata={"help": "Own data to score on."})
-    test_file: str | None = field(default=None, metadata={"help": "Own data to predict, with or without labels."})
-    text_columns: list[str] = field(
-        default_factory=list, metadata={"help": "One or two columns of text; default: those of text in train_file."}
-    )
-    label_column: str = field(default="label", metadata={"help": "Classes, or floats for a regression."})
-    regression: bool = field(default=False, metadata={"help": "Predict the numbers in label_column, whole ones too."})
-    task_name: str | None = field(default=None, metadata={"help": "Name of the own task; default: train_file's."})
-    save_models: bool | None = field(
-        default=None, metadata={"help": "Keep the first seed's fine-tuned model; default: for own data only."}
-    )
-    search_learning_rate: list[float] = field(
-        default_factory=list, metadata={"help": "Learning rates to search for the one setting of all tasks."}
-    )
-    search_batch_size: list[int] = field(default_factory=list, metadata={"help": "Batch sizes to search."})
-    search_num_train_epochs: list[float] = field(default_factory=list, metadata={"help": "Epochs to search."})
-    search_seeds: str = field(default="1", metadata={"help": "Seeds of the search, as in seeds."})
-
-    def __post_init__(self) -> None:
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            raise ValueError(
-                f"max_train_samples must be at least 1, got {self.max_train_samples}; leave it out for all"
-            )
-        if any(size < 1 for size in self.search_batch_size):
-            raise ValueError(f"search_batch_size must be at least 1, got {min(self.search_batch_size)}")
-        for name in ("search_learning_rate", "search_num_train_epochs"):
-            for value in getattr(self, name):
-                if not 0 < value < math.inf:
-                    raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("seeds", "search_seeds"):
-            parse_seeds(name, getattr(self, name))
-        if self.uses_own_data and (self.tasks or self.glue_data):
-            raise ValueError("train_file is data of your own: leave out tasks and glue_data, which are GLUE's")
-        own = ("validation_file", "test_file", "text_columns", "regression", "task_name")
-        given = [name for name in own if getattr(self, name)]
-        given += ["label_column"] if self.label_column != GlueArguments.label_column else []
-        if given and not self.uses_own_data:
-            raise ValueError(f"{given[0]} belongs to data of your own: name a train_file with it, or leave it out")
-
-    @property
-    def keeps_models(self) -> bool:
-        """Whether the fine-tuned model of the first seed is kept."""
-        return self.uses_own_data if self.save_models is None else self.save_models
-
-    @property
-    def searches(self) -> bool:
-        """Whether there is a grid of settings to choose from."""
-        grids = (self.search_learning_rate, self.search_batch_size, self.search_num_train_epochs)
-        return any(len(grid or ()) > 1 for grid in grids)
-
-    @property
-    def uses_own_data(self) -> bool:
-        """Whether files were named instead of GLUE."""
-        return self.train_file is not None
-
-
-def parse_seeds(name: str, text: str) -> list[int]:
-    """`5` as seeds 1 to 5, `3,7` as these."""
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        numbers = []
-    is_count = "," not in text
-    if not numbers or not (1 if is_count else 0) <= min(numbers) <= max(numbers) < (MOST_SEEDS if is_count else 2**32):
-        raise GlueError(f"{name} must be a number of seeds or a comma-separated list of them, got {text!r}")
-    return list(range(1, numbers[0] + 1)) if is_count else numbers
 
 
 def fill_up(bar: tqdm, end: float, share: float) -> None:
@@ -218,7 +131,7 @@ class GlueRun:
             )
         # The model's own folder and those named after it are its own whatever it has been trained to since.
         self._is_own_place = is_own or (is_default and model_folder.is_dir())
-        path = self.output_dir / RESULTS_NAME
+        path = self.output_dir / GLUE_RESULTS
         if not self._is_of_this_model(read_object(path)):
             raise GlueError(f"output_dir: {path} holds the scores of another model: choose another folder")
 
@@ -290,7 +203,7 @@ class GlueRun:
         if glue.uses_own_data:
             return self._own_data_id(glue.train_file, glue.validation_file, glue.test_file)
         if glue.glue_data is None:
-            return GLUE_NAME
+            return GLUE_DATASET
         folders = [task.name, *([DIAGNOSTIC] if task.name == "mnli" else [])]
         files = [path for name in folders for path in sorted(Path(glue.glue_data, name).glob("*.parquet"))]
         return hash_of(task.name, files)
@@ -403,8 +316,16 @@ class GlueRun:
         elif folder.exists():
             if (folder / CARD_NAME).is_file():  # which a person may have written in
                 shutil.copyfile(folder / CARD_NAME, staging / CARD_NAME)
-                forget_own_data(staging)
-            shutil.rmtree(folder)
+                forget_scores(staging)
+            names, new_names = ({path.name for path in place.iterdir()} for place in (folder, staging))
+            ours = re.compile(r"glue_results(-\d+)?\.json").fullmatch
+            others = sorted(n for n in names - new_names - {CHART_NAME, EVAL_FOLDER} if not ours(n))
+            if others:
+                aside = first_free(folder)
+                folder.rename(aside)
+                logger.warning("Beside the model, %s holds %s: it was moved to %s", folder, ", ".join(others), aside)
+            else:
+                shutil.rmtree(folder)
         staging.rename(folder)
 
     def _holds_model(self, task: Task, key: dict[str, Any]) -> bool:
@@ -443,7 +364,7 @@ class GlueRun:
         folder = self.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         self._make_way(folder, results)
-        write_json_atomically(folder / RESULTS_NAME, results)
+        write_json_atomically(folder / GLUE_RESULTS, results)
         name = self.model_name + (" from scratch" if self.encoder.from_scratch else "")
         if self.glue.metric is None:
             draw_chart(results, self.tasks, name, folder / CHART_NAME)
@@ -472,9 +393,9 @@ class GlueRun:
 
     def _make_way(self, folder: Path, results: dict[str, Any]) -> None:
         """Move earlier results aside that tell of something which the new ones do not."""
-        if is_fuller(read_object(folder / RESULTS_NAME), results):
-            earlier = first_free(folder / RESULTS_NAME)
-            (folder / RESULTS_NAME).rename(earlier)
+        if is_fuller(read_object(folder / GLUE_RESULTS), results):
+            earlier = first_free(folder / GLUE_RESULTS)
+            (folder / GLUE_RESULTS).rename(earlier)
             logger.warning(
                 "The earlier results in %s, of other tasks, seeds or examples too, were moved to %s",
                 folder,
@@ -497,14 +418,14 @@ class GlueRun:
     def shared_name(self) -> str:
         """What the model of `shared_folder` is called on the Hub: after its folder, or of own data after the results'."""
         folder = self.shared_folder if self.own_data is None else self.output_dir
-        return (folder or self.output_dir).resolve().name
+        return name_of_run((folder or self.output_dir).resolve())
 
     def _share_with_model(self, results: dict[str, Any]) -> None:
         """Put the results beside a local model, and into its card: they are pushed with it."""
         folder = self.shared_folder
         if folder is None:
             return
-        if is_larger(read_object(folder / RESULTS_NAME), results):
+        if is_larger(read_object(folder / GLUE_RESULTS), results):
             logger.warning(
                 "The results are in %s alone: those in %s are of more scores or training examples, and stay",
                 self.output_dir, folder,
@@ -519,7 +440,7 @@ class GlueRun:
                     logger.warning("No card tells of the results: there is no %s in %s", CARD_NAME, folder)
             if folder.resolve() != self.output_dir.resolve():
                 self._make_way(folder, results)
-                for name in (RESULTS_NAME, *([] if told is None else [CHART_NAME])):
+                for name in (GLUE_RESULTS, *([] if told is None else [CHART_NAME])):
                     shutil.copyfile(self.output_dir / name, folder / name)
         except (OSError, ModelCardError) as error:
             logger.warning("The results are in %s, but not in the folder of their model: %s", self.output_dir, error)

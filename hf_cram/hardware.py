@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +38,6 @@ COMPILE_SECONDS = 20.0
 COMPILE_SECONDS_PER_LINEAR = 1.5
 MATMUL_ROWS = 4096
 PROCESS_STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-# What torch says of it in a plain RuntimeError: the allocator of CPUs, cuBLAS and the driver of GPUs.
-OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: one of [`OUT_OF_MEMORY`], or a RuntimeError of torch's that says so."""
-    messages = OUT_OF_MEMORY_MESSAGES if isinstance(error, RuntimeError) else ()
-    return isinstance(error, OUT_OF_MEMORY) or any(message in str(error) for message in messages)
-
-
-class MicroBatchMemoryError(MemoryError):
-    """Memory ran out over a micro-batch; the message names the argument to lower."""
-
-
-@contextlib.contextmanager
-def memory_errors(argument: str, rows: int) -> Iterator[None]:
-    """Turn running out of memory with `rows` rows a micro-batch, set by `argument`, into a [`MicroBatchMemoryError`]."""
-    is_training = argument == "per_device_train_batch_size"
-    way_out = " (python -m hf_cram.memory RECIPE calculates what fits)" if is_training else ""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MicroBatchMemoryError) or not is_out_of_memory(error):
-            raise
-        raise MicroBatchMemoryError(f"memory ran out with {argument} {rows}: lower it{way_out}") from error
 
 
 def largest_linear_shape(model: nn.Module) -> tuple[int, int]:
@@ -87,7 +61,8 @@ def linear_shapes(model: nn.Module) -> Counter[tuple[int, int]]:
     )
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize()  # of the current device
 
@@ -129,12 +104,12 @@ def measure_matmul_flops(
     # Into one place: new memory for each product takes a CPU as long as a third of it.
     outputs = torch.empty(MATMUL_ROWS, shape[0], device=device, dtype=dtype)
     torch.mm(inputs, weight.T, out=outputs)
-    _synchronize(device)
+    synchronize(device)
     best, deadline = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < deadline:
         started = time.perf_counter()
         torch.mm(inputs, weight.T, out=outputs)
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2.0 * MATMUL_ROWS * shape[0] * shape[1] / best
 
@@ -196,7 +171,7 @@ def _bf16_wins(device: torch.device, loss: Callable[[], torch.Tensor], seconds: 
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
                 value = loss()
             value.backward()
-            _synchronize(device)
+            synchronize(device)
             if number:
                 best[enabled] = min(best[enabled], time.perf_counter() - started)
         number += 1
@@ -291,15 +266,10 @@ def random_batch(
     return inputs
 
 
-def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The loss that a model of transformers computes itself: the first of its outputs."""
-    return model(**batch)[0]
-
-
 def training_flops(
     model: nn.Module,
     batch: Mapping[str, Any],
-    compute_loss: Callable[[nn.Module, Any], Any] = loss_of,
+    compute_loss: Callable[[nn.Module, Any], Any] = lambda model, batch: model(**batch)[0],
 ) -> int:
     """FLOPs of the matrix products in one forward and backward pass over `batch`, counted on a copy of the model."""
     probe = copy.deepcopy(model).train()

@@ -60,26 +60,22 @@ class HardwareChoices:
             logger.info("torch.compile is %s", "used" if args.torch_compile else f"not used{missing}")
         self._choose_attention()
 
-    def keep_first(self, first: RunState) -> bool:
-        """
-        What the first session of a run has measured holds for those that resume it, whatever they have measured.
-        Returns whether the arguments have changed for that.
-        """
+    def keep_first(self, first: RunState) -> None:
+        """What the first session of a run has measured holds for those that resume it, whatever they have measured."""
         args = self.args
         before = args.bf16, args.torch_compile
         if self._is_bf16_open and first.bf16 is not None and first.bf16 != args.bf16:
-            args.bf16, args.mixed_precision = first.bf16, "bf16" if first.bf16 else "no"
+            args.set_precision(first.bf16)
         # Another machine may have no compiler.
         may_compile = not first.torch_compile or can_compile(args.device)
         if self._is_compile_open and first.torch_compile is not None and may_compile:
             self._set_compile(first.torch_compile)
         first.bf16, first.torch_compile = args.bf16, args.torch_compile
         if before == (args.bf16, args.torch_compile):
-            return False
+            return
         self.matmul_peak = self._measure_matmul_peak()
         self._choose_attention()
         logger.info("As the run began: bf16 %s, torch.compile %s", args.bf16, args.torch_compile)
-        return True
 
     def _choose_precision(self) -> None:
         """Decide `args.bf16` where it is open; the launcher's `--mixed_precision` counts as told."""
@@ -90,8 +86,7 @@ class HardwareChoices:
             decision = [bf16_is_faster(args.device, shape) if args.process_index == 0 else None]
             args.bf16 = broadcast_object_list(decision)[0]
             logger.info("bf16 autocast is %s than fp32 here", "faster" if args.bf16 else "not faster")
-        args.bf16 = bool(args.bf16) or args.mixed_precision == "bf16"
-        args.mixed_precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+        args.set_precision(bool(args.bf16) or args.mixed_precision == "bf16")
 
     def _set_compile(self, compiled: bool) -> None:
         self.args.torch_compile = compiled

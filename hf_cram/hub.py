@@ -13,7 +13,6 @@ import logging
 import re
 import shlex
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +24,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .files import link_or_copy, sha256_of_file
+from .files import GLUE_RESULTS, MINIMAL_PAIRS_RESULTS, TRAINING_RESULTS, link_or_copy, sha256_of_file
 from .hub_errors import HubError, first_line, with_retries
+from .programs import ending_in_one_line
 
 logger = logging.getLogger(__name__)
 
+PROGRAM = "python -m hf_cram.hub"
 # How long the end of a run waits for a checkpoint that is on its way.
 FINISH_SECONDS = 900.0
 PUSHING_NAME = ".pushing"
@@ -37,8 +38,8 @@ PUSHING_NAME = ".pushing"
 WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
 # What tells of the weights that it lies beside, and of no others.
 OF_WEIGHTS = (
-    "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png", "all_results.json", "glue_results.json",
-    "glue_results.png", "minimal_pairs_results.json",
+    "README.md", ".eval_results/*.yaml", "recipe.yaml", "loss_curve.png", TRAINING_RESULTS, GLUE_RESULTS,
+    "glue_results.png", MINIMAL_PAIRS_RESULTS,
 )  # fmt: skip
 # All that is ever pushed, beside the code files that config.json names: no optimiser, no state of a run, nothing else
 # that may lie in the folder.
@@ -259,16 +260,14 @@ def _pin(folder: Path, pinned: Path, names: Sequence[str]) -> None:
         link_or_copy(folder / name, pinned / name)
 
 
-def _name_of_run(folder: Path) -> str:
+def name_of_run(folder: Path) -> str:
     """The name of an output folder, also where `folder` is one of its checkpoints."""
     return folder.parent.name if re.fullmatch(r"checkpoint-\d+", folder.name) else folder.name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Push a folder and print where it is; ends with status 1 and one line where that fails."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_cram.hub", description="Push a trained model to the Hugging Face Hub."
-    )
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Push a trained model to the Hugging Face Hub.")
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="output folder of a run, or a checkpoint")
     parser.add_argument(
         "--hub_model_id", help="NAME or OWNER/NAME of the repository (default: that of the output folder)"
@@ -277,19 +276,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hub_revision", help="branch to push to (default: main)")
     options = parser.parse_args(arguments)
     target = HubTarget(
-        options.hub_model_id or _name_of_run(options.folder.resolve()), options.private, options.hub_revision
+        options.hub_model_id or name_of_run(options.folder.resolve()), options.private, options.hub_revision
     )
-    try:
+
+    def explain(error: Exception) -> str:
+        if isinstance(error, OSError):
+            return f"{error.filename or options.folder}: {error.strerror or first_line(error)}"
+        return str(error)
+
+    stopped = "stopped; the same command pushes it again"
+    with ending_in_one_line(PROGRAM, HubError, OSError, stopped=stopped, tell=explain):
         print(push_folder(options.folder, target))
-    except KeyboardInterrupt:
-        print("python -m hf_cram.hub: stopped; the same command pushes it again", file=sys.stderr)
-        sys.exit(130)
-    except HubError as error:
-        sys.exit(f"python -m hf_cram.hub: error: {error}")
-    except OSError as error:
-        sys.exit(
-            f"python -m hf_cram.hub: error: {error.filename or options.folder}: {error.strerror or first_line(error)}"
-        )
 
 
 if __name__ == "__main__":

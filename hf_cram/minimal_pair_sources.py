@@ -1,10 +1,10 @@
 """Minimal pairs in BLiMP's format (Warstadt et al. 2020): from files, folders, and data sets on the Hub."""
 
 import gzip
+import itertools
 import json
 import logging
 import re
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,7 +76,7 @@ def _files_of(source: str) -> tuple[Path, list[Path]]:
 
 def _first(pairs: Iterator[MinimalPair], limit: int | None, source: str) -> list[MinimalPair]:
     """At most `limit` pairs of one source, at least one."""
-    taken = [pair for _, pair in zip(range(sys.maxsize if limit is None else limit), pairs, strict=False)]
+    taken = list(itertools.islice(pairs, limit))
     if not taken:
         raise MinimalPairsError(f"{source}: it holds no pairs, leave it out")
     return taken

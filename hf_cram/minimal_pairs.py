@@ -23,17 +23,17 @@ from transformers.utils import logging as transformers_logging
 
 from .data.errors import DataError, first_line
 from .data.tokenization import read_tokenizer
-from .files import read_json, read_object, write_json_atomically
-from .hardware import NO_COMPILER, can_compile, is_out_of_memory
+from .files import MINIMAL_PAIRS_RESULTS, read_json, read_object, write_json_atomically
+from .hardware import NO_COMPILER, can_compile
 from .minimal_pair_sources import MinimalPair, MinimalPairsError, read_pairs
 from .model_card import ModelCardError, update_model_card
 from .model_files import LOADING_ERRORS, loading_cause, name_model
+from .out_of_memory import is_out_of_memory
 from .output_folder import first_free
 from .pseudo_likelihood import BATCH_TOKENS, compile_encoder, pseudo_log_likelihoods
 
 logger = logging.getLogger(__name__)
 
-RESULTS_NAME = "minimal_pairs_results.json"
 COMPILED_PAIRS = 10_000  # as many pay for the compiling
 MEASURED_PAIRS = 16
 
@@ -223,7 +223,7 @@ def check_scores(output_dir: Path, model_folder: Path, model: dict[str, str]) ->
     """
     if output_dir.resolve() == model_folder.resolve():
         return
-    path = output_dir / RESULTS_NAME
+    path = output_dir / MINIMAL_PAIRS_RESULTS
     scored = read_object(path)
     if any(scored.get(name, value) != value for name, value in model.items()):
         raise MinimalPairsError(f"--output_dir: {path} holds the scores of another model: name another folder")
@@ -232,7 +232,7 @@ def check_scores(output_dir: Path, model_folder: Path, model: dict[str, str]) ->
 def has_more(folder: Path, results: dict[str, Any]) -> bool:
     """Whether the results in a folder are of more pairs than these."""
     try:
-        return read_json(folder / RESULTS_NAME, "pairs")["pairs"] > results["pairs"]
+        return read_json(folder / MINIMAL_PAIRS_RESULTS, "pairs")["pairs"] > results["pairs"]
     except (OSError, TypeError, ValueError):
         return False
 
@@ -240,7 +240,7 @@ def has_more(folder: Path, results: dict[str, Any]) -> bool:
 def share_with_model(results: dict[str, Any], model_folder: Path, output_dir: Path) -> None:
     """Put the results beside the model and into its card: they are pushed with it."""
     try:
-        write_json_atomically(model_folder / RESULTS_NAME, results)
+        write_json_atomically(model_folder / MINIMAL_PAIRS_RESULTS, results)
         update_model_card(model_folder, minimal_pairs=results)
     except (OSError, ModelCardError) as error:
         logger.warning("The results are in %s, but not all of them with their model: %s", output_dir, error)
@@ -273,15 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         print(results_table(results))
         if has_more(output_dir, results):
-            earlier = first_free(output_dir / RESULTS_NAME)
-            (output_dir / RESULTS_NAME).rename(earlier)
+            earlier = (output_dir / MINIMAL_PAIRS_RESULTS).rename(first_free(output_dir / MINIMAL_PAIRS_RESULTS))
             logger.warning("The results of more pairs in %s were moved to %s", output_dir, earlier.name)
-        write_json_atomically(output_dir / RESULTS_NAME, results)
-        if (
-            model_folder.is_dir()
-            and output_dir.resolve() != model_folder.resolve()
-            and has_more(model_folder, results)
-        ):
+        write_json_atomically(output_dir / MINIMAL_PAIRS_RESULTS, results)
+        if has_more(model_folder, results):  # of another folder than the output's
             logger.warning(
                 "The results are in %s alone: those in %s are of more pairs, and stay", output_dir, model_folder
             )

@@ -183,14 +183,16 @@ def update_model_card(
     return True
 
 
-def forget_own_data(folder: Path) -> None:
-    """Take the scores on own data out of the card in `folder`, where it can be read: they are those of other weights."""
+def forget_scores(folder: Path) -> None:
+    """Take all scores out of the card in `folder`, where it can be read: they are those of other weights."""
     try:
         card = _read_card(folder / CARD_NAME)
     except ModelCardError:
         return
     card.data["eval_results"] = None
-    card.text = _replace_section(card.text, OWN_DATA_SECTION, "")
+    for name in (OWN_DATA_SECTION, GLUE_SECTION, MINIMAL_PAIRS_SECTION):
+        if _marked(name, "").split("\n")[0] in card.text:
+            card.text = _replace_section(card.text, name, "")
     save_model_card(card, folder)
 
 

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import Timeout
 
 from .checkpointing import CheckpointError, RunState, clear_staging, last_checkpoint, read_clock, step_of
-from .files import file_lock, read_json
+from .files import TRAINING_RESULTS, file_lock, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def move_earlier_run_aside(output_dir: Path) -> Path | None:
 def holds_result(folder: Path, step: int) -> bool:
     """Whether a run has ended in `folder`, at `step` or later; rank 0's answer counts."""
     try:
-        held = read_json(folder / "all_results.json", "optimizer_steps")["optimizer_steps"] >= step
+        held = read_json(folder / TRAINING_RESULTS, "optimizer_steps")["optimizer_steps"] >= step
     except (OSError, ValueError):
         held = False
     return broadcast_object_list([held])[0]

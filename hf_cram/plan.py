@@ -20,9 +20,9 @@ import yaml
 
 from .budget import parse_duration
 from .files import write_atomically
-from .memory import BYTES_PER_GB, TrainingSetup, estimate_training_memory, usable_bytes
+from .markup import describe_count
+from .programs import ending_in_one_line
 from .recipes import RecipeParser
-from .report import describe_count
 from .shapes import (
     AUTOCAST_DTYPES,
     MANY_MASKED,
@@ -35,6 +35,7 @@ from .shapes import (
     evaluate_shape,
     measured_machine,
 )
+from .training_memory import BYTES_PER_GB, TrainingSetup, estimate_training_memory, usable_bytes
 
 # The ten-minute recipe's batch and learning rate, and what they belong to. The batch grows with the square root of the
 # tokens (Zhang et al. 2024, critical batch size), the rate falls with that of the width.
@@ -258,10 +259,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_in_one_line("python -m hf_cram.plan", ValueError, OSError):
         main()
-    except KeyboardInterrupt:
-        print("python -m hf_cram.plan: stopped", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"python -m hf_cram.plan: error: {error}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .data.errors import DataError
-from .data.pipeline import DataArguments, PreparedCorpus, open_cache, prepare_corpus, published_corpus
+from .data.pipeline import DataArguments, open_cache, prepare_corpus, published_corpus
 from .data.publish import publish_if_asked
 from .data.sources import TextSource
 from .launching import threads_of_a_process
@@ -77,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(predict(data_args, prepare_args.dry_run_documents))
             return 0
         corpus = prepare_corpus(data_args, parser.given)
-        print(describe(corpus))
-        print(f"in {corpus.directory}{' (was there before)' if corpus.from_cache else ''}")
+        print(f"{corpus.summary}\nin {corpus.directory}{' (was there before)' if corpus.from_cache else ''}")
         address = publish_if_asked(corpus, publish_args, data_args)
         if address is not None:
             print(f"published at {address}")
@@ -108,12 +107,6 @@ def _training_args(training_fields: TrainingFields) -> CramTrainingArguments:
     return CramTrainingArguments(**given)
 
 
-def describe(corpus: PreparedCorpus) -> str:
-    """What was prepared, and what each step took."""
-    statistics = corpus.statistics
-    return f"{corpus.table}\n{statistics['train_rows']:,} rows to train on, {statistics['eval_rows']:,} held out"
-
-
 def predict(arguments: DataArguments, num_documents: int) -> str:
     """
     Totals of the whole text, from its first documents: prepared in a temporary folder, and multiplied by the share of
@@ -135,7 +128,7 @@ def predict(arguments: DataArguments, num_documents: int) -> str:
         fixed, growing = _bytes_on_disk(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    lines = [describe(corpus), f"of the first {documents:,} documents. The whole text is predicted to have:"]
+    lines = [corpus.summary, f"of the first {documents:,} documents. The whole text is predicted to have:"]
     statistics = corpus.statistics
     scales = [] if total is None else [total / characters]
     if arguments.token_limit is not None:

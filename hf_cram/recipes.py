@@ -4,7 +4,7 @@ import json
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from dataclasses import field, fields, make_dataclass
+from dataclasses import asdict, field, fields, make_dataclass
 from functools import wraps
 from pathlib import Path
 from types import NoneType
@@ -30,7 +30,7 @@ def _plain_type(annotation: Any) -> Any:
 
 def _check_model(arguments: Any) -> None:
     """Raises `ValueError` for a model that cannot be built, before any text is prepared for it."""
-    values = {spec.name: getattr(arguments, spec.name) for spec in fields(arguments)}
+    values = asdict(arguments)
     for name in ("hidden_act", "classifier_activation"):
         if values[name] not in ACT2FN:
             raise ValueError(f"{name}: unknown activation {values[name]!r}{nearest(values[name], ACT2FN)}")
@@ -225,5 +225,4 @@ class RecipeParser(HfArgumentParser):
 
 def build_config(arguments: Any, tokenizer: Any) -> PreTrainedConfig:
     """The model's configuration from its arguments and the tokenizer it will read."""
-    values = {spec.name: getattr(arguments, spec.name) for spec in fields(arguments)}
-    return CrammedBertConfig(**values, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    return CrammedBertConfig(**asdict(arguments), vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)

@@ -10,18 +10,16 @@ import argparse
 import csv
 import io
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import read_json, write_atomically
-from .markup import chart_label, table_cell
+from .files import GLUE_RESULTS, MINIMAL_PAIRS_RESULTS, TRAINING_RESULTS, read_json, write_atomically
+from .markup import chart_label, describe_count, table_cell
 from .paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS, examples_note
+from .programs import ending_in_one_line
 
-RESULTS_NAME = "all_results.json"
-GLUE_NAME = "glue_results.json"
-MINIMAL_PAIRS_NAME = "minimal_pairs_results.json"
+PROGRAM = "python -m hf_cram.report"
 STATE_NAME = "trainer_state.json"
 
 # Keys of a row and titles of the table. The CSV has the keys and the figures as they are.
@@ -71,7 +69,7 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ReportError(f"there is no folder {folder}")
-    names = (RESULTS_NAME, GLUE_NAME, MINIMAL_PAIRS_NAME)
+    names = (TRAINING_RESULTS, GLUE_RESULTS, MINIMAL_PAIRS_RESULTS)
     if not any((folder / name).exists() for name in names):
         raise ReportError(
             f"{folder} holds none of {', '.join(names)}: name the output folder of a finished run_mlm_cram.py, "
@@ -80,9 +78,9 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row.update(name=folder.resolve().name, source="run")
     row.update(_pretraining(folder))
-    if (folder / GLUE_NAME).exists():
-        row.update(_glue(folder / GLUE_NAME))
-    pairs_path = folder / MINIMAL_PAIRS_NAME
+    if (folder / GLUE_RESULTS).exists():
+        row.update(_glue(folder / GLUE_RESULTS))
+    pairs_path = folder / MINIMAL_PAIRS_RESULTS
     row["minimal_pairs"] = _number(pairs_path, _read_if_there(pairs_path), "accuracy")
     return row
 
@@ -154,7 +152,7 @@ def _number(path: Path, values: Any, *keys: str) -> float | None:
 
 def _pretraining(folder: Path) -> dict[str, Any]:
     """What `run_mlm_cram.py` left: figures, and the curves out of the state of the Trainer."""
-    path = folder / RESULTS_NAME
+    path = folder / TRAINING_RESULTS
     results = _read_if_there(path)
     keys = ("time_budget_seconds", "num_parameters", "tokens_seen", "eval_loss")
     row: dict[str, Any] = {key: _number(path, results, key) for key in keys}
@@ -199,14 +197,6 @@ def describe_budget(seconds: float) -> str:
             count = round(seconds / length)
             return f"{count} {unit}{'s' if unit == 'day' and count > 1 else ''}"
     return f"{seconds:g} s"
-
-
-def describe_count(count: float) -> str:
-    """A count of parameters or tokens in three to five digits: `119.5M`."""
-    for suffix, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f}{suffix}"
-    return f"{count:g}"
 
 
 FORMATS: dict[str, Callable[[Any], str]] = {
@@ -332,9 +322,7 @@ def check_is_report(folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the folders, write the report, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_cram.report", description="One table and one picture across runs."
-    )
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="One table and one picture across runs.")
     parser.add_argument("folders", metavar="DIR", nargs="+", help="output folder of a run")
     parser.add_argument("--output_dir", type=Path, default=Path("."), help="where the report goes (default: here)")
     parser.add_argument("--format", choices=("markdown", "csv"), default="markdown", help="of the printed table")
@@ -355,13 +343,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(tables[options.format], end="")
 
 
+def explain(error: Exception) -> str:
+    """What went wrong, for the line that ends the program."""
+    if isinstance(error, OSError):  # a folder that is closed
+        return f"{error.filename}: cannot be read ({error.strerror})"
+    return str(error)
+
+
 if __name__ == "__main__":
-    try:
+    with ending_in_one_line(PROGRAM, ReportError, OSError, stopped="stopped; nothing was written", tell=explain):
         main()
-    except KeyboardInterrupt:
-        print("python -m hf_cram.report: stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    except ReportError as error:
-        sys.exit(f"python -m hf_cram.report: error: {error}")
-    except OSError as error:  # a folder that is closed
-        sys.exit(f"python -m hf_cram.report: error: {error.filename}: cannot be read ({error.strerror})")

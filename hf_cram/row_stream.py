@@ -2,11 +2,12 @@
 
 import copy
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from transformers import set_seed
 
 from .data.collator import DataCollatorForFixedCountMasking
@@ -25,9 +26,6 @@ class RowStream(Dataset):
         self.num_rows = len(dataset)  # type: ignore[arg-type]
         self._order: np.ndarray | None = None
         self._order_epoch = -1
-
-    def __getitem__(self, position: int) -> Any:
-        return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
         rows: list[Any] = []
@@ -133,3 +131,20 @@ class StepSampler(Sampler[StepPlan]):
             share = rows // self.num_processes
             yield StepPlan(step, fraction, position + self.process_index * share, share)
             position += rows
+
+
+def unchanged(batch: Any) -> Any:
+    """The collating of a loader whose items are whole steps."""
+    return batch
+
+
+def with_shielded_workers(loader: DataLoader) -> DataLoader:
+    """`loader`, whose workers [`leave_signals_to_the_trainer`]."""
+    getattr(loader, "base_dataloader", loader).worker_init_fn = leave_signals_to_the_trainer
+    return loader
+
+
+def leave_signals_to_the_trainer(_: int) -> None:
+    """In a loader worker: what stops a run reaches all its processes, and the last step still needs its rows."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

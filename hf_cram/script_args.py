@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -119,9 +119,9 @@ def planned_config(model_args: Any, data_args: DataArguments) -> CrammedBertConf
     [`DataError`].
     """
     check_row_length(data_args.max_seq_length, model_args.max_position_embeddings)
-    values = {spec.name: getattr(model_args, spec.name) for spec in fields(model_args)}
     name = data_args.tokenizer_name
-    return CrammedBertConfig(**values, vocab_size=len(load_tokenizer(name)) if name else data_args.vocab_size)
+    vocab_size = len(load_tokenizer(name)) if name else data_args.vocab_size
+    return CrammedBertConfig(**asdict(model_args), vocab_size=vocab_size)
 
 
 def shareable(given: dict[str, Any]) -> dict[str, Any]:

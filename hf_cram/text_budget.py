@@ -19,9 +19,10 @@ from .data.errors import DataError, system_cause
 from .data.pipeline import DataArguments, open_cache, published_corpus
 from .data.workers import available_workers
 from .files import write_json_atomically
-from .hardware import bf16_is_faster, largest_linear_shape, memory_errors, random_batch
+from .hardware import bf16_is_faster, largest_linear_shape, random_batch, synchronize
+from .kept_state import keep_random_state
+from .out_of_memory import memory_errors
 from .script_args import MaskingArguments, TextBudgetArguments, planned_config
-from .trainer import keep_random_state
 from .training_args import CramTrainingArguments
 from .version import __version__
 
@@ -176,9 +177,7 @@ def measure_tokens_per_second(
                 loss = model(**inputs).loss
             loss.backward()
             model.zero_grad()
-            loss.item()  # waits for the device
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             if number >= WARM_UP_STEPS or time.perf_counter() - started > LONGEST_SECONDS:
                 best = min(best, time.perf_counter() - begin)
             if time.perf_counter() - started > LONGEST_SECONDS:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import random
 import signal
 import threading
 import time
@@ -11,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -47,13 +46,22 @@ from .checkpointing import (
 )
 from .data.collator import DataCollatorForFixedCountMasking
 from .embedding_initialization import initialize_embeddings_from_text
-from .hardware import forget_peak_memory, memory_errors, peak_memory_bytes, training_flops
+from .hardware import forget_peak_memory, peak_memory_bytes, training_flops
 from .hardware_choices import HardwareChoices
 from .hub import HubPusher, HubTarget
+from .kept_state import keep_buffers, keep_random_state
 from .optimization import MuonWithAdamW, decayed_parameter_names, muon_parameter_groups
+from .out_of_memory import memory_errors
 from .output_folder import holds_model, lock_run, move_earlier_run_aside, set_later_checkpoints_aside
 from .resuming import load_run_state
-from .row_stream import RowStream, StepBatches, StepSampler
+from .row_stream import (
+    RowStream,
+    StepBatches,
+    StepSampler,
+    leave_signals_to_the_trainer,
+    unchanged,
+    with_shielded_workers,
+)
 from .training_args import CramTrainingArguments, resume_choice
 
 logger = logging.getLogger(__name__)
@@ -74,27 +82,30 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
-@contextlib.contextmanager
-def keep_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the buffers of `model` back afterwards: running statistics follow whatever goes through it in training."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, values in before:
-                buffer.copy_(values)
+def forget_preparation(model: nn.Module) -> None:
+    """
+    Take back what accelerate has done to `model`, or to one within it: it prepares none twice, so that the precision of
+    another trainer would stay, and neither compiling nor data parallelism come.
+    """
+    for module in model.modules():
+        vars(module).pop("_is_accelerate_prepared", None)
+        forward = vars(module).pop("_original_forward", None)
+        if getattr(forward, "__self__", None) is module:  # not of a compiled one, which shares that of its own model
+            module.forward = forward
 
 
-@contextlib.contextmanager
-def keep_random_state() -> Iterator[None]:
-    """Leave Python's, numpy's and torch's random states as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    # Of the GPUs this process draws on one.
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+def check_parts(model: Any, args: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Raises `ValueError` for parts that cannot train together under a budget."""
+    if not isinstance(model, nn.Module):
+        raise ValueError("CramTrainer needs a model: it calls no model_init, and searches no hyperparameters")
+    if not isinstance(args, CramTrainingArguments):
+        raise ValueError(f"CramTrainer needs CramTrainingArguments, got {type(args).__name__}")
+    if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
+        raise ValueError("CramTrainer needs a map-style training dataset with a length, to resume where it was")
+    if len(train_dataset) == 0:
+        raise ValueError("The training dataset is empty")
+    if args.eval_interval is not None and eval_dataset is None:
+        raise ValueError("eval_interval is set, and there is no eval_dataset to evaluate on")
 
 
 class ClockCallback(TrainerCallback):
@@ -127,7 +138,7 @@ class CramTrainer(Trainer):
     time go through the model. The training dataset is map-style, so that a resumed run finds its next unseen row.
 
     Raises [`CheckpointError`] where saving or resuming fails, [`NonFiniteError`] where the loss stays non-finite and
-    [`~hardware.MicroBatchMemoryError`] where memory runs out; `interrupted_by` holds the signal after a run that
+    [`~out_of_memory.MicroBatchMemoryError`] where memory runs out; `interrupted_by` holds the signal after a run that
     SIGTERM or SIGINT stopped, `was_used_up` says that a resumed run had no budget left for a step. With `push_to_hub`
     checkpoints are pushed in the background, safe from what the Hub may do; [`push_to_hub`] at the end pushes what was
     saved.
@@ -150,13 +161,7 @@ class CramTrainer(Trainer):
         time_function: Callable[[], float] = time.monotonic,
         **kwargs: Any,
     ):
-        train_dataset: Any = kwargs.get("train_dataset")
-        if isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__"):
-            raise ValueError("CramTrainer needs a map-style training dataset with a length, to resume where it was")
-        if len(train_dataset) == 0:
-            raise ValueError("The training dataset is empty")
-        if args.eval_interval is not None and kwargs.get("eval_dataset") is None:
-            raise ValueError("eval_interval is set, and there is no eval_dataset to evaluate on")
+        check_parts(model, args, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         collator: Any = kwargs.get("data_collator")
         is_sparse = isinstance(collator, DataCollatorForFixedCountMasking) and collator.return_masked_positions
         started = time_function()
@@ -165,25 +170,21 @@ class CramTrainer(Trainer):
         self._started_at = 0.0
         self.pusher: HubPusher | None = None
 
+        AcceleratorState._reset_state()  # of other arguments
         super().__init__(model=model, args=args, **kwargs)
         if args.muon_learning_rate is not None and (self.optimizer is not None or self.optimizer_cls_and_kwargs):
             raise ValueError("muon_learning_rate brings its own optimiser: leave it out, or the optimiser given")
         if self.lr_scheduler is not None:
             raise ValueError("the learning rate follows the clock: set lr_schedule, and give no scheduler")
         self.clock = BudgetClock(args.time_budget_seconds, time_function)
-        self.run_state = RunState(dataset_id=getattr(train_dataset, "dataset_id", None))
+        self._begin_anew()
         self.followers = list(followers)
         is_follower = any(follower is self.data_collator for follower in self.followers)
         if hasattr(self.data_collator, "follow_budget") and not is_follower:
             self.followers.append(self.data_collator)
         self.eval_data_collator = eval_data_collator
-        self.interrupted_by: signal.Signals | None = None
-        self.was_used_up = False
-        self._received_signal = 0  # on this process; all of them agree on `interrupted_by`
         self._elapsed_seconds = 0.0
-        self._clock_fraction = 0.0
         self._follower_logs: dict[str, float] = {}
-        self._nonfinite_in_a_row = 0
         self._has_trained = self._is_resumed = self._knows_loss = False
         self._has_own_optimizer = self.optimizer is not None
         self._keeps_folder = False
@@ -207,6 +208,15 @@ class CramTrainer(Trainer):
         self.add_callback(ClockCallback(self._end_step))
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:  # in a notebook another one
             self.add_callback(BudgetProgressCallback(self.progress))
+
+    def _begin_anew(self) -> None:
+        """What is of one run, before it begins."""
+        self.run_state = RunState(dataset_id=getattr(self.train_dataset, "dataset_id", None))
+        self.interrupted_by: signal.Signals | None = None
+        self.was_used_up = False
+        self._received_signal = 0  # on this process; all of them agree on `interrupted_by`
+        self._clock_fraction = 0.0
+        self._nonfinite_in_a_row = 0
 
     @property
     def output_dir(self) -> Path:
@@ -315,9 +325,7 @@ class CramTrainer(Trainer):
         torch.compile pay is not measured anew. Called again, the trainer starts another run, from the weights it has and
         with a new optimiser. While it trains, no other run can work in the same output folder; see [`keep_folder`].
         """
-        self.interrupted_by, self._received_signal, self.was_used_up = None, 0, False
-        self._clock_fraction, self._nonfinite_in_a_row = 0.0, 0
-        self.run_state = RunState(dataset_id=getattr(self.train_dataset, "dataset_id", None))
+        self._begin_anew()
         if self._has_trained and not self._has_own_optimizer:
             self.optimizer = None
         try:
@@ -337,9 +345,8 @@ class CramTrainer(Trainer):
             self._locks.close()
 
     def _train(self, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
-        if self._hardware_choices.keep_first(self.run_state):
-            AcceleratorState._reset_state()
-            self.create_accelerator_and_postprocess()
+        self._hardware_choices.keep_first(self.run_state)
+        self._claim_accelerator()
         self.run_state.row_order = self._row_order
         self.run_state.max_train_tokens = getattr(self.train_dataset, "max_train_tokens", None)
         torch.set_flush_denormal(True)  # denormal gradients slow a CPU down many times
@@ -347,7 +354,8 @@ class CramTrainer(Trainer):
         self._started_at = time.time() - self._setup_seconds
         if self.args.embeddings_from_text and checkpoint is None and not self._has_trained:
             initialize_embeddings_from_text(self.model, self.train_dataset, self.args.seed)
-        with memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size):
+        memory = functools.partial(memory_errors, "per_device_train_batch_size", self.args.per_device_train_batch_size)
+        with memory():
             self._look_at_loss()
             self._row_flops = self._measure_row_flops()
         self._has_trained, self._setup_seconds = True, 0.0
@@ -357,8 +365,7 @@ class CramTrainer(Trainer):
             if self.args.process_index == 0
             else contextlib.nullcontext()
         )
-        memory = memory_errors("per_device_train_batch_size", self.args.per_device_train_batch_size)
-        with heartbeat, self._signals(), memory:
+        with heartbeat, self._signals(), memory():
             self._read_clock()  # for an evaluation before the first step
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             self._read_clock()
@@ -366,6 +373,16 @@ class CramTrainer(Trainer):
             if self.interrupted_by is not None and not self._checkpoint_folder.is_dir():
                 self._save_checkpoint(self.model, trial=None)
             return output
+
+    def _claim_accelerator(self) -> None:
+        """By these arguments: others, made since, share one state of precision and compiling with them."""
+        AcceleratorState._reset_state()
+        self.create_accelerator_and_postprocess()
+        if not self._has_trained:
+            forget_preparation(self.model)
+            self.model_wrapped = self.model
+        if isinstance(self.optimizer, AcceleratedOptimizer):  # one's own, of an earlier run
+            self.optimizer = self.optimizer.optimizer
 
     @property
     def _checkpoint_folder(self) -> Path:
@@ -497,11 +514,11 @@ class CramTrainer(Trainer):
         """
         for position in range(TRIED_ROWS):
             losses: list[Any] = []
+            with keep_random_state():
+                rows = self._few_rows(position)  # once: masks may come of a generator of their own
             for count in (1, 2):
-                # The same masks, and no dropout.
-                with keep_random_state(), keep_buffers(self.model), self.accelerator.autocast():
-                    loss = self.compute_loss(self.model.eval(), self._few_rows(position), num_items_in_batch=count)
-                    losses.append(loss)
+                with keep_random_state(), keep_buffers(self.model), self.accelerator.autocast():  # and no dropout
+                    losses.append(self.compute_loss(self.model.eval(), dict(rows), num_items_in_batch=count))
             if all(loss.isfinite() and loss != 0 for loss in losses):  # else no token of the row is masked
                 return not torch.equal(*losses)
         return True
@@ -541,23 +558,23 @@ class CramTrainer(Trainer):
             StepBatches(self._row_stream(), self.data_collator, args.seed, args.process_index),
             batch_size=None,
             sampler=sampler,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
             # A generator of its own: the loader's draw must not move the restored random state of a resumed run.
             generator=torch.Generator().manual_seed(args.seed),
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=leave_signals_to_the_trainer,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         with self._evaluating_collator():
-            return _with_shielded_workers(super().get_eval_dataloader(eval_dataset))
+            return with_shielded_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         with self._evaluating_collator():
-            return _with_shielded_workers(super().get_test_dataloader(test_dataset))
+            return with_shielded_workers(super().get_test_dataloader(test_dataset))
 
     @contextlib.contextmanager
     def _evaluating_collator(self) -> Iterator[None]:
@@ -725,6 +742,8 @@ class CramTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started = time.monotonic()
         memory = memory_errors("per_device_eval_batch_size", self.args.per_device_eval_batch_size)
+        if not self._has_trained:
+            self._claim_accelerator()
         with keep_random_state(), memory:
             self._look_at_loss()
             metrics = super().evaluate(*args, **kwargs)
@@ -732,8 +751,11 @@ class CramTrainer(Trainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
-        self._look_at_loss()
-        return super().predict(*args, **kwargs)
+        if not self._has_trained:
+            self._claim_accelerator()
+        with memory_errors("per_device_eval_batch_size", self.args.per_device_eval_batch_size):
+            self._look_at_loss()
+            return super().predict(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         output_dir = super()._get_output_dir(trial)
@@ -872,21 +894,6 @@ class CramTrainer(Trainer):
         if self.clock.time_budget_seconds is not None:
             metrics["time_budget_seconds"] = self.clock.time_budget_seconds
         return metrics
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _with_shielded_workers(loader: DataLoader) -> DataLoader:
-    getattr(loader, "base_dataloader", loader).worker_init_fn = _leave_signals_to_the_trainer
-    return loader
-
-
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """In a loader worker: what stops a run reaches all its processes, and the last step still needs its rows."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 __all__ = ["CheckpointError", "CramTrainer", "NonFiniteError"]

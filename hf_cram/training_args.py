@@ -158,6 +158,11 @@ class OpenPrecisionArguments(TrainingArguments):
         elif asked_for is False and self.mixed_precision == "bf16":  # the launcher's
             self.mixed_precision = "no"
 
+    def set_precision(self, bf16: bool) -> None:
+        """Train in bf16 autocast, or in what `fp16` says. accelerate knows one precision at a time in a process."""
+        self.bf16 = bf16
+        self.mixed_precision = "fp16" if self.fp16 else "bf16" if bf16 else "no"
+
 
 @dataclass
 class CramTrainingArguments(OpenPrecisionArguments):
@@ -371,6 +376,12 @@ class CramTrainingArguments(OpenPrecisionArguments):
                 f"train_batch_rows ({self.train_batch_rows}) must be a multiple of {self.smallest_batch_rows} "
                 f"(per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes): change "
                 "one of these"
+            )
+        accelerator_config: Any = self.accelerator_config
+        if "num_steps" in (accelerator_config.gradient_accumulation_kwargs or {}):
+            raise ValueError(
+                "accelerator_config: num_steps of gradient_accumulation_kwargs follows from train_batch_rows here: set "
+                "that instead"
             )
 
 

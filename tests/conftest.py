@@ -1,6 +1,7 @@
 """Small things that every test may share: a configuration, a tokenizer trained in-process, rows."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -34,6 +35,9 @@ def share_of_the_machine():
     from hf_cram import hardware_choices
     from hf_cram.data.workers import available_workers
 
+    # Each training begins by collecting garbage, and there is none in what was imported and collected up to here.
+    gc.collect()
+    gc.freeze()
     hardware_choices.PEAK_SECONDS = 0.0
     torch.set_num_threads(max(1, available_workers(None) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
@@ -47,9 +51,9 @@ def progress_bars():
 
 
 @contextmanager
-def kept_estimates(module):
-    """Searches ask `estimate_training_memory` for the same again and again: within the block `module` asks once."""
-    kept, estimate = {}, module.estimate_training_memory
+def kept_estimates(*modules):
+    """Searches ask `estimate_training_memory` for the same again and again: within the block `modules` ask once."""
+    kept, estimate = {}, modules[0].estimate_training_memory
 
     def estimate_once(config, setup, rows):
         key = config.to_json_string(use_diff=False), config._attn_implementation, setup, rows
@@ -58,7 +62,8 @@ def kept_estimates(module):
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "estimate_training_memory", estimate_once)
+        for module in modules:
+            patched.setattr(module, "estimate_training_memory", estimate_once)
         yield
 
 

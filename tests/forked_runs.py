@@ -13,6 +13,7 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 from conftest import Rows
 from test_trainer import PARALLEL_SETTINGS, StopAt, make_arguments, make_trainer
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 import run_mlm_cram  # noqa: F401 (imported before the forks)
@@ -50,7 +51,7 @@ def fork_rank(kind, arguments, rank, ranks, port):
     pid = os.fork()
     if pid:
         return pid
-    signal.alarm(170)  # of its parent, which a rank that waits for another would outlive
+    signal.alarm(590)  # of its parent, which a rank that waits for another would outlive
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
@@ -74,7 +75,7 @@ def base_of(folder):
 def train_to_be_killed(arguments):
     base, out = arguments
     trainer = make_trainer(
-        *base_of(base), out, max_steps=40, save_interval="5%", train_batch_rows=8, batch_ramp_until=0.5,
+        *base_of(base), out, max_steps=40, save_interval="10%", train_batch_rows=8, batch_ramp_until=0.5,
         rate="0:0.4,0.5:0.2", dataset=Rows(50),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True)
@@ -86,7 +87,7 @@ def train_in_parallel(arguments):
     """Leaves in the folder what each rank has come to."""
     folder = Path(arguments[0])
     config, tokenizer = base_of(folder)
-    clock = {"time_budget": "1s", "logging_interval": "10%", "eval_interval": "25%", "save_interval": "25%"}
+    clock = {"time_budget": "4s", "logging_interval": "10%", "eval_interval": "25%", "save_interval": "25%"}
     # A loss that is a mean is not multiplied by the processes, before training as after it.
     bert = BertForMaskedLM(BertConfig(vocab_size=config.vocab_size, hidden_size=32, num_hidden_layers=1,
                                       num_attention_heads=2, intermediate_size=64))  # fmt: skip
@@ -94,9 +95,11 @@ def train_in_parallel(arguments):
     trainer = CramTrainer(bert, make_arguments(folder / "bert", max_steps=1), train_dataset=Rows(16),
                           eval_dataset=Rows(16), data_collator=collator)  # fmt: skip
     (folder / f"bert.rank{trainer.args.process_index}").write_text(json.dumps(trainer.evaluate()["eval_loss"]))
+    trainer.train()  # after an evaluation, in parallel all the same
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     for kind, sessions, settings in (
         ("steps", ([],), {"max_steps": 6}),
-        ("parts", ([StopAt(3)], []), {"max_steps": 6}),
+        ("parts", ([StopAt(3)], []), {"max_steps": 6, "save_interval": "50%"}),
         ("clock", ([],), clock),
     ):
         for number, callbacks in enumerate(sessions):
@@ -106,6 +109,8 @@ def train_in_parallel(arguments):
             trainer = make_trainer(config, tokenizer, folder / kind, per_device_train_batch_size=2, dataset=Rows(50),
                                    callbacks=callbacks, **PARALLEL_SETTINGS, **settings, **fast)  # fmt: skip
             trainer.train(resume_from_checkpoint=number > 0)
+            if callbacks:
+                assert [path.name for path in (folder / kind).glob("checkpoint-*")] == ["checkpoint-3"]
         trainer.save_model()
         state = {
             "step": trainer.state.global_step, "rows": trainer.run_state.rows_seen,

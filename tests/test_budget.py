@@ -127,7 +127,7 @@ def test_clock_counts_all_sessions_and_stops():
 
 
 def test_intervals_answer_once_for_each_point():
-    by_time, by_share = Interval("30s"), Interval("10%")
+    by_time, by_share = Interval(30), Interval("10%")
     assert [by_time.due(s, 0) for s in (0, 29, 30, 31, 95, 96, 120)] == [False, False, True, False, True, False, True]
     assert [by_share.due(0, f) for f in (0.0, 0.1, 0.15, 0.2, 0.95, 1.0)] == [False, True, False, True, True, True]
     resumed = Interval("10%")

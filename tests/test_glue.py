@@ -28,6 +28,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
     Trainer,
@@ -45,10 +47,11 @@ from hf_cram.classifier import build_classifier, fingerprint, load_tokenizer, pi
 from hf_cram.fine_tuning import parameter_groups
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
 from hf_cram.glue import METRIC_PATH, TASKS, GlueError, Task, aggregate, choose_tasks, headline_metrics, load_metric
+from hf_cram.glue_args import GlueArguments, parse_seeds
 from hf_cram.glue_data import load_glue_task, load_own_task
 from hf_cram.glue_encoding import encode_task
 from hf_cram.glue_outputs import is_fuller, median_seed, submission_lines
-from hf_cram.glue_run import GlueArguments, GlueRun, parse_seeds
+from hf_cram.glue_run import GlueRun
 from hf_cram.paper_results import PAPER_GLUE_ROWS
 from hf_cram.report import load_run, markdown_table
 
@@ -131,6 +134,18 @@ def modernbert_folder(tokenizer, tmp_path):
         max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id, **special,
     )  # fmt: skip
     ModernBertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def gpt2_folder(tokenizer, tmp_path):
+    """A decoder whose configuration knows no padding token, beside a tokenizer that was given one."""
+    torch.manual_seed(0)
+    folder = tmp_path / "gpt2"
+    special = {f"{name}_token_id": tokenizer.sep_token_id for name in ("bos", "eos")}
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64, **special)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -553,9 +568,14 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     run(monkeypatch, "--model_name_or_path", model_folder, "--output_dir", out, *own_data, "--model_license", "none")
     card = ModelCard((out / "news" / "README.md").read_text())
     assert (card.data.language, card.data.license) == ("de", None)
-    # What a person has written there outlives another training of the model.
-    (out / "news" / "README.md").write_text(f"{card}\nMy notes.\n")
+    # What a person has written or put there outlives another training of the model; scores of these weights do not.
+    scores = "<!-- hf_cram: glue -->\nOf GLUE.\n<!-- hf_cram: end of glue -->"
+    (out / "news" / "README.md").write_text(f"{card}\nMy notes.\n{scores}\n")
+    (out / "news" / "model.onnx").write_text("mine")
     run(monkeypatch, *arguments, "--learning_rate", "2e-3")
+    assert (out / "news-1" / "model.onnx").read_text() == "mine"
+    assert not (out / "news" / "model.onnx").exists()
+    assert "Of GLUE." not in (out / "news" / "README.md").read_text()
     text = (out / "news" / "README.md").read_text()
     assert "My notes." in text
     results = results_of(out)
@@ -569,6 +589,21 @@ def test_own_data(monkeypatch, model_folder, tmp_path):
     (predictions,) = (out / "predictions" / results["setting_id"]).rglob("news.seed-1.tsv")
     predictions = predictions.read_text().splitlines()
     assert {line.split("\t")[1] for line in predictions[1:]} <= {"culture", "sport"}
+
+
+def test_a_decoder_is_scored_while_the_precision_is_open(monkeypatch, glue_data, gpt2_folder, tmp_path):
+    out = tmp_path / "out"
+    run(
+        monkeypatch, "--model_name_or_path", gpt2_folder, "--glue_data", glue_data, "--output_dir", out,
+        "--tasks", "wnli", "--seeds", "1", "--num_train_epochs", "1",
+    )  # fmt: skip
+    assert 0 <= results_of(out)["tasks"]["wnli"]["accuracy"]["median"] <= 100
+
+
+def test_a_checkpoint_is_shared_by_the_name_of_its_run(glue_data, model_folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    checkpoint = model_folder.rename(tmp_path / "mine" / "checkpoint-6000")
+    assert prepared(checkpoint, tmp_path, tasks="wnli", glue_data=str(glue_data))[0].shared_name == "mine"
 
 
 def test_other_content_of_a_file_of_the_same_time_is_read(tmp_path):

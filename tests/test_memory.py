@@ -10,19 +10,19 @@ import torch
 from conftest import REPOSITORY, VOCAB_SIZE, kept_estimates
 from transformers import BertConfig
 
-from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, memory
+from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, memory, training_memory
 from hf_cram.data.pipeline import DataArguments
-from hf_cram.memory import (
+from hf_cram.memory import recipe_setup
+from hf_cram.optimization import muon_parameter_groups
+from hf_cram.script_args import MaskingArguments
+from hf_cram.training_args import CramTrainingArguments
+from hf_cram.training_memory import (
     StorageLedger,
     TrainingSetup,
     estimate_training_memory,
     largest_micro_batch,
     measure_tensor_memory,
-    recipe_setup,
 )
-from hf_cram.optimization import muon_parameter_groups
-from hf_cram.script_args import MaskingArguments
-from hf_cram.training_args import CramTrainingArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +32,7 @@ PLAIN = TrainingSetup(max_seq_length=16, autocast_dtype=None, accumulates_gradie
 
 @pytest.fixture(scope="module", autouse=True)
 def estimates():
-    with kept_estimates(memory):
+    with kept_estimates(training_memory, memory):
         yield
 
 
@@ -105,7 +105,8 @@ def test_muon_keeps_one_state_for_the_matrices_of_the_layers(tiny_config):
     groups = muon_parameter_groups(CrammedBertForMaskedLM(tiny_config), 1.0, 1.0, 0.0)
     matrices = [parameter for group in groups if group["parts"] for parameter in group["params"]]
     adamw, muon = (
-        estimate_training_memory(tiny_config, replace(PLAIN, optimizer=name), 512) for name in memory.OPTIMIZERS
+        estimate_training_memory(tiny_config, replace(PLAIN, optimizer=name), 512)
+        for name in training_memory.OPTIMIZERS
     )
     expected = sum(parameter.nbytes for parameter in matrices) + 4 * len(matrices)
     assert adamw.optimizer_states - muon.optimizer_states == expected

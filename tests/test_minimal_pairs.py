@@ -5,7 +5,7 @@ import json
 import runpy
 import shutil
 import sys
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,10 +102,13 @@ def test_measuring_the_precision_changes_nothing(models, tokenizer):
 
 @pytest.mark.parametrize("bf16_is_faster", [True, False])
 def test_the_faster_precision_is_taken(models, tokenizer, monkeypatch, bf16_is_faster):
+    now = [0.0]
+
     def score(model, *_, **__):
         if (model.dtype == torch.bfloat16) != bf16_is_faster:
-            time.sleep(0.05)
+            now[0] += 1
 
+    monkeypatch.setattr(minimal_pairs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(minimal_pairs, "pseudo_log_likelihoods", score)
     pairs = [MinimalPair("w1", "w2")]
     assert minimal_pairs.bf16_scores_faster(models["crammed_bert"], tokenizer, pairs) == bf16_is_faster

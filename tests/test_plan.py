@@ -12,7 +12,6 @@ from transformers import AutoModelForMaskedLM
 
 from hf_cram import CrammedBertForMaskedLM, plan
 from hf_cram.hardware import random_batch, training_flops
-from hf_cram.memory import BYTES_PER_GB, RESERVE_BYTES
 from hf_cram.plan import choose, describe, describe_ratio, main, nearest_first, plan_training
 from hf_cram.recipes import RecipeParser
 from hf_cram.script_args import RECIPE_PARTS, planned_config
@@ -25,6 +24,7 @@ from hf_cram.shapes import (
     main_memory_bytes,
 )
 from hf_cram.training_args import CramTrainingArguments
+from hf_cram.training_memory import BYTES_PER_GB, RESERVE_BYTES
 
 # Matrix products in bf16, a second: those that 2 CPU cores reached, and a large GPU's.
 CPU = Machine(lambda shape: 5e11, "bf16", 24 * BYTES_PER_GB, is_cpu=True)

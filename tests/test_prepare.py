@@ -327,6 +327,7 @@ def test_the_limit_is_what_the_budget_can_consume(tmp_path, monkeypatch, caplog)
 
 def test_processes_on_a_cpu_share_its_cores(monkeypatch):
     monkeypatch.setattr("hf_cram.data.workers.cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     with threads_of_a_process(3, torch.device("cpu")):
         assert torch.get_num_threads() == 4

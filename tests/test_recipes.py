@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_cram.data.pipeline import DataArguments
 from hf_cram.fine_tuning_args import EncoderArguments, FineTuningArguments
-from hf_cram.glue_run import GlueArguments
+from hf_cram.glue_args import GlueArguments
 from hf_cram.recipes import ModelArguments, RecipeParser, build_config
 from hf_cram.script_args import MaskingArguments
 from hf_cram.training_args import CramTrainingArguments

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from hf_cram.markup import describe_count
 from hf_cram.paper_results import GLUE_COLUMNS, HEADLINE_METRICS, PAPER_GLUE_ROWS
 from hf_cram.report import (
     ReportError,
     describe_budget,
-    describe_count,
     draw_glue,
     draw_losses,
     draw_report,

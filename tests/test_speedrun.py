@@ -102,14 +102,14 @@ def test_a_comparison_that_is_ended_ends_its_run(tmp_path, python_environment):
     """SIGTERM, as of a supervisor: the run beneath would go on for the rest of its budget, beside the next."""
     program = f"import subprocess, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n" + (
         "from command_line import run_main\n"
-        "run_main(lambda: subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)']))"
+        "run_main(lambda: subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)']))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=python_environment
     )
     child = psutil.Process(int(process.stdout.readline()))
     process.terminate()
-    told = process.communicate()[1].decode()
+    told = process.communicate(timeout=120)[1].decode()
     assert (process.returncode, told.strip()) == (143, "benchmarks/-c: stopped; nothing is kept")
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running()

@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
+# Held-out loss is always measured with these masks, whatever the training's rate and seed.
+HELD_OUT_MLM_PROBABILITY, HELD_OUT_MASK_SEED = 0.15, 2212
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
@@ -159,3 +161,8 @@ class DataCollatorForFixedCountMasking:
             keys = mix64(input_ids.astype(np.uint64) + positions).sum(axis=1, dtype=np.uint64) + passes
         keys = mix64(keys + mix64(np.array([self.seed + 1], dtype=np.uint64)))
         return mix64(keys[:, None] + positions)
+
+
+def held_out_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForFixedCountMasking:
+    """The masks of held-out rows, the same for every model that reads them with this tokenizer."""
+    return DataCollatorForFixedCountMasking(tokenizer, HELD_OUT_MLM_PROBABILITY, seed=HELD_OUT_MASK_SEED)

@@ -3,7 +3,7 @@
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ..hub_errors import first_line as first_line  # of any error, and safe for the Hub's
 
@@ -64,3 +64,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """`; did you mean 'text'?` for the valid name most like `name`, or nothing."""
     near = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def did_you_mean(name: str, valid: Collection[str]) -> str:
+    """[`nearest`] with all valid names behind it: `; did you mean 'text'? (valid: text, texts)`."""
+    return f"{nearest(name, valid)} (valid: {', '.join(valid)})"

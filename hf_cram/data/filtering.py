@@ -119,11 +119,6 @@ class DocumentFilter:
         values = {name: getattr(self.arguments, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
-    @property
-    def active(self) -> bool:
-        """Whether any rule is on."""
-        return bool(self.describe())
-
     def check_text(self, document: str) -> str | None:
         """The reason for dropping a document by its text, or None. No text raises, not even half surrogate pairs."""
         a = self.arguments

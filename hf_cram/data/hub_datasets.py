@@ -90,6 +90,8 @@ def load_hub_dataset(
         cause = first_line(wrapped or error)
         if "scripts are no longer supported" in cause:
             cause += "; a copy without code may be there with dataset_revision: refs/convert/parquet"
+        if "load_from_disk" in cause:
+            cause = "it was written by save_to_disk; write it by to_parquet, and name the file in train_files"
         raise DataError(f"data set {name!r} (config {config}, split {split}) cannot be loaded: {cause}") from error
     columns = dataset.column_names
     if columns is not None and text_column not in columns:

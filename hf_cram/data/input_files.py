@@ -103,16 +103,12 @@ def _look_into_all(pattern: Path) -> None:
                     os.stat(os.path.join(folder, part))
 
 
-def files_below(folder: Path, hidden: list[Path] | None = None) -> Iterator[Path]:
+def files_below(folder: Path, hidden: list[Path] | None = None, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """
     The files below a folder, also by links to folders; links that lead nowhere among them. Files and folders whose names
     begin with a point, as of trash and of editors, go to the list `hidden` instead, where one is given: a pattern passes
-    over them too. Raises `OSError` for a folder that is closed.
+    over them too. `above` are the real paths of the folders on the way. Raises `OSError` for a folder that is closed.
     """
-    yield from _files_below(folder, (), hidden)
-
-
-def _files_below(folder: Path, above: tuple[str, ...], hidden: list[Path] | None) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in above:  # a link that leads back
         return
@@ -122,7 +118,7 @@ def _files_below(folder: Path, above: tuple[str, ...], hidden: list[Path] | None
         if hidden is not None and path.name.startswith("."):
             hidden.append(path)
         elif path.is_dir():
-            yield from _files_below(path, (*above, real), hidden)
+            yield from files_below(path, hidden, (*above, real))
         elif path.is_file() or path.is_symlink():
             yield path
 

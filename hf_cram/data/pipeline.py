@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
-from .cache import cached_entry
+from .cache import cached_entry, hash_of
 from .deduplication import DeduplicationArguments
 from .errors import REPEAT_TEXT, DataError, system_cause
 from .filtering import FilterArguments
@@ -27,7 +27,7 @@ from .source_arguments import INSTALLED_DOCS, SourceArguments
 from .sources import TextSource
 from .stages import STATISTICS_NAME, PackingArguments, RowsStage, TokenizerStage, TokensStage
 from .steps import StepRecord, format_table
-from .texts import FORMAT_VERSION, Place, SourceText, deduplicate, hash_of
+from .texts import FORMAT_VERSION, Place, SourceText, deduplicate
 from .tokenization import load_tokenizer
 
 
@@ -80,6 +80,12 @@ class PreparedCorpus:
         dropped = ", ".join(f"{reason} ({count:,})" for reason, count in self.statistics["dropped"].items())
         steps = format_table(StepRecord(**record) for record in self.statistics["steps"])
         return f"{steps}\ndropped: {dropped or 'nothing'}"
+
+    @property
+    def summary(self) -> str:
+        """The table, and how many rows came of it."""
+        rows = f"{len(self.train_dataset):,} rows to train on, {len(self.eval_dataset):,} held out"
+        return f"{self.table}\n{rows}"
 
 
 def prepare_corpus(

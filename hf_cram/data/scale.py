@@ -80,8 +80,7 @@ def main(data: DataArguments, scale: ScaleArguments, publish: PublishArguments) 
         if corpus is None:
             print(f"submitted; the rows will be in {rows_folder(plan)}")
             return 0
-        print(f"{corpus.table}\n{len(corpus.train_dataset):,} rows to train on, {len(corpus.eval_dataset):,} held out")
-        print(f"in {corpus.directory}")
+        print(f"{corpus.summary}\nin {corpus.directory}")
         address = publish_if_asked(corpus, publish, data)
         if address is not None:
             print(f"published at {address}")

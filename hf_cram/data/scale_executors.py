@@ -208,8 +208,8 @@ def _check_whole(executor: PipelineExecutor, logs: str) -> None:
         raise DataError(f"{len(failed)} tasks have failed, see {names} in {logs}/logs; what is finished is kept")
 
 
-def submit_to_slurm(plan: ScalePlan, arguments: ScaleArguments) -> list[str]:
-    """Submit a job array for each stage, each waiting for the one before; returns their ids, `-1` for a finished one."""
+def submit_to_slurm(plan: ScalePlan, arguments: ScaleArguments) -> None:
+    """Submit a job array for each stage, each waiting for the one before."""
     executors: list[SlurmPipelineExecutor] = []
     for stage in make_stages(plan, arguments):
         executors.append(
@@ -236,7 +236,6 @@ def submit_to_slurm(plan: ScalePlan, arguments: ScaleArguments) -> list[str]:
         raise DataError(
             "sbatch has refused the job, see its message: look at slurm_partition, slurm_time and slurm_qos"
         ) from error
-    return [str(executor.job_id) for executor in executors]
 
 
 def _this_environment() -> str:

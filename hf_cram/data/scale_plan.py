@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .cache import hash_of
 from .deduplication import choose_bands
 from .errors import DataError, SkipReport, first_line
 from .input_files import expand_files
@@ -20,9 +21,8 @@ from .sources import TextSource, check_stamps, stamps_of
 from .stages import RowsStage, TokenizerStage, TokensStage
 from .steps import StepRecord, read_steps
 from .text_files import read_files
-from .texts import NO_LIMIT, Place, Text, hash_of
+from .texts import NO_LIMIT, Place, Text
 from .token_shards import TokenShards
-from .tokenizing import TokenizingSettings
 
 POSITION_NAME = "position.json"
 BLOCKS = "*.jsonl.zst"
@@ -231,16 +231,6 @@ class JoinedTokensStage(TokensStage):
             return super().key
         bands = choose_bands(similarity, MINHASH_RECALL)
         return hash_of(super().key, "datatrove minhash, numbers and accents kept", bands, self.plan.tasks)
-
-    @property
-    def settings(self) -> TokenizingSettings:
-        """What turns documents into tokens."""
-        return self._settings
-
-    @property
-    def token_counter(self) -> Callable[[str], int] | None:
-        """Counts the tokens of a text where a source is limited by them."""
-        return self._count_tokens if self.counts_source_tokens else None
 
     def open(self) -> tuple[TokenShards, list[StepRecord]]:
         folders = [self.plan.task_tokens(rank) for rank in range(self.plan.tasks)]

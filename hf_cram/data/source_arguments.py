@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -140,7 +141,10 @@ class SourceArguments(SourceSettings):
             return ", ".join(map(str, self.sources))
         if self.train_files:
             # Names of files may be many, as a shell gives them, and any bytes.
-            names = [Path(name).name.encode("utf-8", "backslashreplace").decode() for name in self.train_files]
+            names = [
+                Path(os.path.abspath(name)).name.encode("utf-8", "backslashreplace").decode()
+                for name in self.train_files
+            ]
             more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
             return ", ".join(names[:NAMED_FILES]) + more
         return self.dataset_name or INSTALLED_DOCS

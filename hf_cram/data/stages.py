@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
 from ..files import link_or_copy
-from .cache import MANIFEST_NAME, cached_entry, is_complete
+from .cache import MANIFEST_NAME, cached_entry, hash_of, is_complete
 from .errors import DataError, TextChangedError
 from .filtering import DocumentFilter, FilterArguments
 from .ordering import HISTOGRAM_BINS, OrderingArguments, order_rows, order_settings
 from .packing import pack_rows, token_dtype
 from .source_arguments import SourceArguments
 from .steps import StepRecord, measured_step, read_steps, write_steps
-from .texts import CHARACTERS_FOR_A_TOKEN, FORMAT_VERSION, Place, Text, hash_of
+from .texts import CHARACTERS_FOR_A_TOKEN, FORMAT_VERSION, Place, Text
 from .token_shards import SHARD_CHARACTERS, TokenShards, write_token_shards
 from .tokenization import SMALLEST_VOCABULARY, load_tokenizer, saved_settings, tokenizer_settings, train_tokenizer
 from .tokenizing import TokenizingSettings, plain_text_tokenizer
@@ -160,7 +160,7 @@ class TokensStage:
     def open(self) -> tuple[TokenShards, list[StepRecord]]:
         """The shards, made where they are missing, and what they cost."""
         entry, _ = cached_entry(self._entry, self._write, self.place.overwrite, self._remove_unfinished)
-        shards = TokenShards(entry / "shards", self._settings.dtype)
+        shards = TokenShards(entry / "shards", self.settings.dtype)
         if not shards.is_finished:
             raise DataError(f"{entry}: its shards are damaged: delete it, or set overwrite_cache")
         return shards, read_steps(entry)
@@ -178,20 +178,26 @@ class TokensStage:
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
     @cached_property
-    def _settings(self) -> TokenizingSettings:
+    def settings(self) -> TokenizingSettings:
+        """What turns documents into tokens."""
         tokenizer = self.tokenizer.tokenizer
         backend = plain_text_tokenizer(tokenizer.backend_tokenizer)
         dtype = token_dtype(len(tokenizer))
         return TokenizingSettings(backend, dtype, int(tokenizer.sep_token_id), self.filters)
 
+    @property
+    def token_counter(self) -> Callable[[str], int] | None:
+        """Counts the tokens of a text where a source is limited by them."""
+        return self._count_tokens if self.counts_source_tokens else None
+
     def _write(self, folder: Path) -> None:
-        settings, record = self._settings, StepRecord("filter and tokenize")
+        settings, record = self.settings, StepRecord("filter and tokenize")
         if self.place.overwrite:
             self._remove_unfinished()
         try:
             with measured_step(record, estimate_total=lambda: self.text.estimated_characters) as advance:
                 shards = write_token_shards(
-                    self.text.documents(self._count_tokens if self.counts_source_tokens else None),
+                    self.text.documents(self.token_counter),
                     settings,
                     self._unfinished,
                     lambda: {"skipped": dict(self.text.report.counts), "sources": self.text.counts},
@@ -224,7 +230,7 @@ class TokensStage:
             )  # fmt: skip
 
     def _count_tokens(self, text: str) -> int:
-        return len(self._settings.tokenizer.encode(text, add_special_tokens=False).ids)
+        return len(self.settings.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 class RowsStage:

@@ -38,9 +38,7 @@ LONGER_WORDS = re.compile(rf"[^\W_]{{{LONGEST_WORD + 1},}}")
 
 def _untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
     """The paper's pipeline: lower case, no accents, ASCII only, BERT's words, WordPiece (section 4.1)."""
-    tokenizer = Tokenizer(
-        models.WordPiece(vocabulary, unk_token="[UNK]") if vocabulary else models.WordPiece(unk_token="[UNK]")
-    )
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.BertNormalizer(
@@ -54,9 +52,7 @@ def _untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, model_max_length: int = 512, show_progress: bool = True
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, show_progress: bool = True) -> PreTrainedTokenizerFast:
     """
     A WordPiece tokenizer of `vocab_size` tokens (fewer, with a warning, where the text has fewer) trained on documents.
 
@@ -90,7 +86,7 @@ def train_tokenizer(
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        model_max_length=model_max_length,
+        model_max_length=512,
         model_input_names=["input_ids", "attention_mask"],
         **SPECIAL_TOKENS,
     )

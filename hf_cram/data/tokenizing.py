@@ -135,7 +135,6 @@ class DocumentTokenizer:
         self.dtype = settings.dtype
         self.separator = np.array([settings.separator_id], dtype=settings.dtype).tobytes()
         self.filter = DocumentFilter(settings.filters)
-        self.has_rules = self.filter.active
         self.sample_dropped = settings.filters.sample_dropped
 
     def __call__(self, documents: list[str]) -> TokenizedBatch:
@@ -148,8 +147,7 @@ class DocumentTokenizer:
                 samples.add(reason, document)
             return reason is None
 
-        if self.has_rules:
-            documents = [document for document in documents if keeps(document, self.filter.check_text(document))]
+        documents = [document for document in documents if keeps(document, self.filter.check_text(document))]
         kept = [
             (document, tokens)
             for document, tokens in zip(documents, self.encode(documents), strict=True)

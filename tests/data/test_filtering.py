@@ -76,7 +76,6 @@ def read_texts(name):
 
 def test_no_rule_is_on_by_default():
     nothing = DocumentFilter(FilterArguments())
-    assert not nothing.active
     assert nothing.describe() == {}
     assert nothing.check_text("") is None
     assert nothing.check_tokens(1000, 1) is None
@@ -84,7 +83,6 @@ def test_no_rule_is_on_by_default():
 
 def test_a_filter_describes_its_rules_and_travels_to_workers():
     copy = pickle.loads(pickle.dumps(DocumentFilter(FilterArguments(keep_language="en", min_letter_share=0.0))))
-    assert copy.active
     assert copy.describe() == {"min_letter_share": 0.0, "keep_language": "en"}
     assert copy.check_text(OTHERS["de"]) == "another language"
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import REPOSITORY
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from httpx2 import TimeoutException
 
 from hf_cram.data import steps
@@ -334,6 +334,12 @@ def test_the_name_of_many_files_is_short_and_can_be_written():
     assert name == r"Gr\udcfc\udcdfe.txt, 0.txt and 499 more"
 
 
+def test_a_text_in_the_current_folder_is_named_after_that(tmp_path, monkeypatch):
+    (tmp_path / "letters").mkdir()
+    monkeypatch.chdir(tmp_path / "letters")
+    assert SourceArguments(train_files=["."]).source_name == "letters"
+
+
 def test_folders_are_followed_through_links_and_not_in_circles(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text("by a link")
@@ -365,6 +371,12 @@ def test_a_card_that_is_no_yaml_is_one_line(tmp_path):
     (tmp_path / "train.txt").write_text("text")
     with pytest.raises(DataError, match="cannot be loaded: "):
         load_hub_dataset(str(tmp_path), None, "train", None, "text", True)
+
+
+def test_a_data_set_written_by_save_to_disk_names_the_way_out(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="cannot be loaded: it was written by save_to_disk; write it by to_parquet"):
+        load_hub_dataset(str(tmp_path / "saved"), None, "train", None, "text", False)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
