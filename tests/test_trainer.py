@@ -350,35 +350,35 @@ def test_rows_without_keys_are_masked_anew_in_each_pass(tiny_config, tokenizer, 
     assert all(len(of_row) > 1 for of_row in masks.values())
 
 
+def first_loss_of_bert(output_dir, collator, dataset=None, dropout=0.0, **values):
+    """The loss logged of the first step of a BERT with random weights: that of a guess, where it is divided as it should be."""
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    set_seed(0)
+    values = {"train_batch_rows": 32, **values}
+    arguments = make_arguments(output_dir, max_steps=1, logging_strategy="steps", logging_steps=1, **values)
+    trainer = CramTrainer(
+        BertForMaskedLM(config), arguments, train_dataset=dataset or Rows(64), data_collator=collator
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+GUESS = np.log(VOCAB_SIZE)
+
+
 @pytest.mark.parametrize("rows", [8, 32])
 def test_accumulation_is_a_mean_for_models_that_do_not_divide_by_the_items_too(tokenizer, tmp_path, rows):
     """BERT takes `num_items_in_batch` like any keyword, and returns the mean of the micro-batch."""
-    config = BertConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    set_seed(0)
-    trainer = CramTrainer(
-        BertForMaskedLM(config),
-        make_arguments(tmp_path, max_steps=1, train_batch_rows=rows, logging_strategy="steps", logging_steps=1),
-        train_dataset=Rows(64),
-        data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.25, return_masked_positions=False),
-    )
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(VOCAB_SIZE), rel=0.05)
+    collator = DataCollatorForFixedCountMasking(tokenizer, 0.25, return_masked_positions=False)
+    assert first_loss_of_bert(tmp_path, collator, train_batch_rows=rows) == pytest.approx(GUESS, rel=0.05)
 
 
 def test_a_collator_with_masks_of_its_own_generator_does_not_pass_for_a_loss_that_is_divided(tokenizer, tmp_path):
-    config = BertConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64)  # fmt: skip
-    trainer = CramTrainer(
-        BertForMaskedLM(config),
-        make_arguments(tmp_path, max_steps=1, train_batch_rows=32, logging_strategy="steps", logging_steps=1),
-        train_dataset=Rows(64),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25, seed=0),
-    )
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(VOCAB_SIZE), rel=0.1)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.25, seed=0)
+    assert first_loss_of_bert(tmp_path, collator) == pytest.approx(GUESS, rel=0.1)
 
 
 def test_a_model_that_another_trainer_has_trained_is_prepared_anew(tiny_config, tokenizer, tmp_path, own_accelerator):
@@ -448,16 +448,8 @@ def test_what_is_no_model_and_no_arguments_of_ours_is_refused(tiny_config, tmp_p
 def test_dropout_does_not_pass_for_a_loss_that_is_divided(tokenizer, tmp_path, monkeypatch):
     """On a device whose random state is not put back, as Apple's."""
     monkeypatch.setattr(trainer_module, "keep_random_state", contextlib.nullcontext)
-    config = BertConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64)  # fmt: skip
-    trainer = CramTrainer(
-        BertForMaskedLM(config),
-        make_arguments(tmp_path, max_steps=1, train_batch_rows=32, logging_strategy="steps", logging_steps=1),
-        train_dataset=Rows(64),
-        data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.25, return_masked_positions=False),
-    )
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(VOCAB_SIZE), rel=0.1)
+    collator = DataCollatorForFixedCountMasking(tokenizer, 0.25, return_masked_positions=False)
+    assert first_loss_of_bert(tmp_path, collator, dropout=0.1) == pytest.approx(GUESS, rel=0.1)
 
 
 def test_a_first_row_without_a_label_does_not_mislead(tokenizer, tmp_path):
@@ -469,15 +461,8 @@ def test_a_first_row_without_a_label_does_not_mislead(tokenizer, tmp_path):
 
     rows = Rows(33)
     rows.rows[0], rows.rows[1:, 0] = 5, 6
-    config = BertConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    settings = {"train_batch_rows": 32, "train_sampling_strategy": "sequential", "learning_rate": 1e-9}
-    arguments = make_arguments(tmp_path, max_steps=1, logging_strategy="steps", logging_steps=1, **settings)
-    trainer = CramTrainer(BertForMaskedLM(config), arguments, train_dataset=rows, data_collator=collate)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(VOCAB_SIZE), rel=0.1)
+    settings = {"train_sampling_strategy": "sequential", "learning_rate": 1e-9}
+    assert first_loss_of_bert(tmp_path, collate, rows, **settings) == pytest.approx(GUESS, rel=0.1)
 
 
 class Distilled(CramTrainer):
