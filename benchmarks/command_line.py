@@ -48,8 +48,8 @@ def measure_apart(options: Sequence[str], **environment: str) -> Any:
         [sys.executable, sys.argv[0], *options], env={**os.environ, **environment}, capture_output=True, text=True
     )
     if done.returncode:
-        sys.stderr.write(done.stderr)
-    done.check_returncode()  # `run_main` says which
+        sys.stderr.write(f"{' '.join(options)} failed:\n{done.stderr}")
+    done.check_returncode()  # ends the program in `run_main`
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -198,7 +198,7 @@ def ramped_batch_size(fraction: float, smallest: int, largest: int, ramp_until: 
 
 class Interval:
     """
-    Every so many seconds of the clock (`"30m"`) or every share of the budget (`"5%"`).
+    Every so many seconds of the clock (`"30m"`, or a number of them) or every share of the budget (`"5%"`).
 
     [`due`] answers once for each point that was passed since it was last asked.
     """

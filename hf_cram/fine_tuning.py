@@ -171,9 +171,8 @@ class FineTuner:
                 f"{task.largest_token_id}, but its model has embeddings for {vocab_size} only"
             )
         text_config = model.config.get_text_config()
-        if (
-            getattr(text_config, "pad_token_id", None) is None
-        ):  # by which a decoder finds the last token of each example
+        # By it a decoder finds the last token of each example.
+        if getattr(text_config, "pad_token_id", None) is None:
             text_config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.args.device)  # type: ignore[arg-type]
 

@@ -416,9 +416,13 @@ class GlueRun:
 
     @property
     def shared_name(self) -> str:
-        """What the model of `shared_folder` is called on the Hub: after its folder, or of own data after the results'."""
-        folder = self.shared_folder if self.own_data is None else self.output_dir
-        return name_of_run((folder or self.output_dir).resolve())
+        """
+        What the model of `shared_folder` is called on the Hub: after its folder (a checkpoint after its run too, whose
+        finished model it does not replace), or of own data after the results'.
+        """
+        folder = (self.shared_folder if self.own_data is None else None) or self.output_dir
+        folder, run = folder.resolve(), name_of_run(folder.resolve())
+        return folder.name if run == folder.name else f"{run}-{folder.name}"
 
     def _share_with_model(self, results: dict[str, Any]) -> None:
         """Put the results beside a local model, and into its card: they are pushed with it."""

@@ -10,7 +10,6 @@ The pairs are in BLiMP's format ([`minimal_pair_sources`]), a sentence's score i
 import argparse
 import copy
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +29,12 @@ from .model_card import ModelCardError, update_model_card
 from .model_files import LOADING_ERRORS, loading_cause, name_model
 from .out_of_memory import is_out_of_memory
 from .output_folder import first_free
+from .programs import ending_in_one_line
 from .pseudo_likelihood import BATCH_TOKENS, compile_encoder, pseudo_log_likelihoods
 
 logger = logging.getLogger(__name__)
 
+PROGRAM = "python -m hf_cram.minimal_pairs"
 COMPILED_PAIRS = 10_000  # as many pay for the compiling
 MEASURED_PAIRS = 16
 
@@ -163,7 +164,7 @@ def results_table(results: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m hf_cram.minimal_pairs",
+        prog=PROGRAM,
         description="How often a masked language model prefers the good sentence of a minimal pair.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name on the Hub of a masked language model")
@@ -246,6 +247,38 @@ def share_with_model(results: dict[str, Any], model_folder: Path, output_dir: Pa
         logger.warning("The results are in %s, but not all of them with their model: %s", output_dir, error)
 
 
+def score_and_share(options: argparse.Namespace) -> None:
+    """The program's work. Raises [`MinimalPairsError`] and `OSError`."""
+    model_folder = Path(options.model)
+    output_dir = options.output_dir or (model_folder if model_folder.is_dir() else Path("."))
+    # A folder's name only: the file travels with the checkpoint, and the rest of the path is nobody's business.
+    model_name = model_folder.resolve().name if model_folder.is_dir() else options.model
+    check_output_dir(output_dir, model_folder)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pairs = read_pairs(options.pairs, options.limit)
+    transformers_logging.disable_progress_bar()  # one bar, over the tokens
+    model, tokenizer = load_model(options.model, choose_device(options.device), options.trust_remote_code)
+    told = {"model": model_name, "model_id": name_model(options.model)}
+    check_scores(output_dir, model_folder, told)
+    make_fast(model, tokenizer, pairs, options.bf16, options.torch_compile, options.batch_tokens)
+    results = {
+        "bf16": model.dtype == torch.bfloat16,
+        **told,
+        **score_pairs(model, tokenizer, pairs, options.batch_tokens, show_progress=True),
+    }
+    print(results_table(results))
+    if has_more(output_dir, results):
+        earlier = (output_dir / MINIMAL_PAIRS_RESULTS).rename(first_free(output_dir / MINIMAL_PAIRS_RESULTS))
+        logger.warning("The results of more pairs in %s were moved to %s", output_dir, earlier.name)
+    write_json_atomically(output_dir / MINIMAL_PAIRS_RESULTS, results)
+    if has_more(model_folder, results):  # of another folder than the output's
+        logger.warning(
+            "The results are in %s alone: those in %s are of more pairs, and stay", output_dir, model_folder
+        )
+    elif model_folder.is_dir():
+        share_with_model(results, model_folder, output_dir)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the pairs, print a table, write `minimal_pairs_results.json`, and put the result into the model's card."""
     parser = build_parser()
@@ -253,46 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("limit", "batch_tokens"):
         if vars(options)[name] is not None and vars(options)[name] < 1:
             parser.error(f"--{name} must be at least 1")
-    model_folder = Path(options.model)
-    output_dir = options.output_dir or (model_folder if model_folder.is_dir() else Path("."))
-    # A folder's name only: the file travels with the checkpoint, and the rest of the path is nobody's business.
-    model_name = model_folder.resolve().name if model_folder.is_dir() else options.model
-    try:
-        check_output_dir(output_dir, model_folder)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        pairs = read_pairs(options.pairs, options.limit)
-        transformers_logging.disable_progress_bar()  # one bar, over the tokens
-        model, tokenizer = load_model(options.model, choose_device(options.device), options.trust_remote_code)
-        told = {"model": model_name, "model_id": name_model(options.model)}
-        check_scores(output_dir, model_folder, told)
-        make_fast(model, tokenizer, pairs, options.bf16, options.torch_compile, options.batch_tokens)
-        results = {
-            "bf16": model.dtype == torch.bfloat16,
-            **told,
-            **score_pairs(model, tokenizer, pairs, options.batch_tokens, show_progress=True),
-        }
-        print(results_table(results))
-        if has_more(output_dir, results):
-            earlier = (output_dir / MINIMAL_PAIRS_RESULTS).rename(first_free(output_dir / MINIMAL_PAIRS_RESULTS))
-            logger.warning("The results of more pairs in %s were moved to %s", output_dir, earlier.name)
-        write_json_atomically(output_dir / MINIMAL_PAIRS_RESULTS, results)
-        if has_more(model_folder, results):  # of another folder than the output's
-            logger.warning(
-                "The results are in %s alone: those in %s are of more pairs, and stay", output_dir, model_folder
-            )
-        elif model_folder.is_dir():
-            share_with_model(results, model_folder, output_dir)
-    except KeyboardInterrupt:
-        print("python -m hf_cram.minimal_pairs: stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    except (MinimalPairsError, OSError) as error:
-        sys.exit(f"python -m hf_cram.minimal_pairs: error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        sys.exit(
-            f"python -m hf_cram.minimal_pairs: error: out of memory: lower --batch_tokens ({options.batch_tokens})"
-        )
+    with ending_in_one_line(PROGRAM, MinimalPairsError, OSError, stopped="stopped; nothing was written"):
+        try:
+            score_and_share(options)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MinimalPairsError(f"out of memory: lower --batch_tokens ({options.batch_tokens})") from error
 
 
 if __name__ == "__main__":

@@ -184,14 +184,14 @@ def update_model_card(
 
 
 def forget_scores(folder: Path) -> None:
-    """Take all scores out of the card in `folder`, where it can be read: they are those of other weights."""
+    """Take all scores between their marks out of the card in `folder`, if it can be read: they are of other weights."""
     try:
         card = _read_card(folder / CARD_NAME)
     except ModelCardError:
         return
     card.data["eval_results"] = None
     for name in (OWN_DATA_SECTION, GLUE_SECTION, MINIMAL_PAIRS_SECTION):
-        if _marked(name, "").split("\n")[0] in card.text:
+        if all(mark in card.text for mark in _marked(name, "").splitlines()):
             card.text = _replace_section(card.text, name, "")
     save_model_card(card, folder)
 

@@ -37,6 +37,7 @@ from .shapes import (
 )
 from .training_memory import BYTES_PER_GB, TrainingSetup, estimate_training_memory, usable_bytes
 
+PROGRAM = "python -m hf_cram.plan"
 # The ten-minute recipe's batch and learning rate, and what they belong to. The batch grows with the square root of the
 # tokens (Zhang et al. 2024, critical batch size), the rate falls with that of the width.
 TOKENS_AT_REFERENCE, BATCH_TOKENS_AT_REFERENCE = 1e7, 2048
@@ -244,7 +245,7 @@ class PlanArguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan, and write its recipe where asked to."""
-    parser = RecipeParser((PlanArguments,), prog="python -m hf_cram.plan")
+    parser = RecipeParser((PlanArguments,), prog=PROGRAM)
     (args,) = parser.parse(sys.argv[1:] if arguments is None else arguments)
     plan, candidates = plan_training(args.time_budget, args.machine(), args.max_seq_length)
     recipe = yaml.safe_dump(plan.recipe(args.time_budget), sort_keys=False)
@@ -259,5 +260,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with ending_in_one_line("python -m hf_cram.plan", ValueError, OSError):
+    with ending_in_one_line(PROGRAM, ValueError, OSError):
         main()

@@ -1,4 +1,4 @@
-"""How the programs of the package end."""
+"""How programs of the package end."""
 
 import contextlib
 import sys
@@ -13,8 +13,8 @@ def ending_in_one_line(
     tell: Callable[[Exception], str] = str,
 ) -> Iterator[None]:
     """
-    End the process, whatever its user did within the block, with one line on standard error: after Ctrl-C with `stopped`
-    and status 130, after one of `errors` with what `tell` says of it and status 1.
+    Within the block Ctrl-C ends the process with `stopped` and status 130, one of `errors` with what `tell` says of it and
+    status 1: one line on standard error each.
     """
     try:
         yield

@@ -378,7 +378,7 @@ class CramTrainingArguments(OpenPrecisionArguments):
                 "one of these"
             )
         accelerator_config: Any = self.accelerator_config
-        if "num_steps" in (accelerator_config.gradient_accumulation_kwargs or {}):
+        if (accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1) != 1:  # the Trainer writes 1
             raise ValueError(
                 "accelerator_config: num_steps of gradient_accumulation_kwargs follows from train_batch_rows here: set "
                 "that instead"

@@ -600,10 +600,12 @@ def test_a_decoder_is_scored_while_the_precision_is_open(monkeypatch, glue_data,
     assert 0 <= results_of(out)["tasks"]["wnli"]["accuracy"]["median"] <= 100
 
 
-def test_a_checkpoint_is_shared_by_the_name_of_its_run(glue_data, model_folder, tmp_path):
+def test_a_checkpoint_is_shared_apart_from_the_finished_model_of_its_run(glue_data, model_folder, tmp_path):
     (tmp_path / "mine").mkdir()
     checkpoint = model_folder.rename(tmp_path / "mine" / "checkpoint-6000")
-    assert prepared(checkpoint, tmp_path, tasks="wnli", glue_data=str(glue_data))[0].shared_name == "mine"
+    assert (
+        prepared(checkpoint, tmp_path, tasks="wnli", glue_data=str(glue_data))[0].shared_name == "mine-checkpoint-6000"
+    )
 
 
 def test_other_content_of_a_file_of_the_same_time_is_read(tmp_path):

@@ -52,7 +52,6 @@ def test_flops_of_a_row_are_those_of_its_matrix_products(tiny_config):
 
 
 def test_peak_is_measured():
-    assert measure_matmul_flops(CPU, torch.float32, (64, 64), seconds=0.05) > 1e6
     assert measure_matmul_flops(CPU, torch.float32, (64, 64), seconds=0.0) > 1e6
 
 

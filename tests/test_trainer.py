@@ -423,6 +423,12 @@ def test_arguments_made_before_another_trainer_count(tiny_config, tokenizer, tmp
     assert [isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule) for trainer in trainers] == [True, False]
 
 
+def test_a_configuration_that_an_earlier_trainer_has_completed_is_taken_again(tiny_config, tokenizer, tmp_path):
+    shared = {"gradient_accumulation_kwargs": {"sync_each_batch": False}}
+    for name in ("first", "second"):
+        make_trainer(tiny_config, tokenizer, tmp_path / name, max_steps=1, accelerator_config=shared)
+
+
 def test_an_optimiser_of_ones_own_belongs_to_the_accelerator_of_each_run(tiny_config, tokenizer, tmp_path):
     """Whose scaler of fp16 it has to share."""
     model = CrammedBertForMaskedLM(tiny_config)
