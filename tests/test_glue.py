@@ -101,53 +101,44 @@ def glue_data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def model_folder(tiny_config, tokenizer, tmp_path):
+def save_model(folder, model_class, config, tokenizer):
+    """A model with random weights, the same each time, and its tokenizer; returns the folder."""
     torch.manual_seed(0)
-    folder = tmp_path / "model"
-    CrammedBertForMaskedLM(tiny_config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# Of the models beside ours.
+TINY = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model_folder(tiny_config, tokenizer, tmp_path):
+    return save_model(tmp_path / "model", CrammedBertForMaskedLM, tiny_config, tokenizer)
 
 
 @pytest.fixture
 def bert_folder(tokenizer, tmp_path):
-    torch.manual_seed(0)
-    folder = tmp_path / "bert"
-    config = BertConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path / "bert", BertForMaskedLM, BertConfig(**TINY, intermediate_size=64), tokenizer)
 
 
 @pytest.fixture
 def modernbert_folder(tokenizer, tmp_path):
-    torch.manual_seed(0)
-    folder = tmp_path / "modernbert"
     special = {f"{name}_token_id": tokenizer.cls_token_id for name in ("cls", "bos")}
     special |= {f"{name}_token_id": tokenizer.sep_token_id for name in ("sep", "eos")}
-    config = ModernBertConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id, **special,
-    )  # fmt: skip
-    ModernBertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    config = ModernBertConfig(**TINY, intermediate_size=64, pad_token_id=tokenizer.pad_token_id, **special)
+    return save_model(tmp_path / "modernbert", ModernBertForMaskedLM, config, tokenizer)
 
 
 @pytest.fixture
 def gpt2_folder(tokenizer, tmp_path):
     """A decoder whose configuration knows no padding token, beside a tokenizer that was given one."""
-    torch.manual_seed(0)
-    folder = tmp_path / "gpt2"
-    special = {f"{name}_token_id": tokenizer.sep_token_id for name in ("bos", "eos")}
-    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64, **special)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    config = GPT2Config(**TINY, bos_token_id=tokenizer.sep_token_id, eos_token_id=tokenizer.sep_token_id)
+    return save_model(tmp_path / "gpt2", GPT2LMHeadModel, config, tokenizer)
 
 
 FAST = ["--learning_rate", "3e-3", "--num_train_epochs", "3", "--bf16", "false", "--dropout", "0"]
