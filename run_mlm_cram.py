@@ -26,6 +26,7 @@ from hf_cram.data.errors import DataError
 from hf_cram.data.pipeline import DataArguments, PreparedCorpus, prepare_corpus
 from hf_cram.data.publish import PublishArguments, publish_if_asked
 from hf_cram.data.source_arguments import INSTALLED_DOCS
+from hf_cram.embedding_initialization import neighbour_tables
 from hf_cram.files import write_atomically
 from hf_cram.hardware import describe_hardware, takes_masked_positions
 from hf_cram.hardware_choices import check_device
@@ -193,6 +194,8 @@ def save_results(trainer: CramTrainer, preprocessing_seconds: float, data_args: 
         text_name=text_name(data_args),
         dataset_id=trainer.train_dataset.dataset_id,
     )
+    if tables := neighbour_tables(trainer.model):
+        results["neighbour_table_bytes"] = sum(module.table.nbytes for module in tables)
     if data_args.max_train_tokens is not None:
         results["max_train_tokens"] = data_args.max_train_tokens  # gives the same rows elsewhere
     trainer.save_metrics("all", results, combined=False)

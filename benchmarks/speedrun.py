@@ -78,7 +78,7 @@ def build_model(arm: dict, tokenizer):
     import hf_cram  # noqa: F401 (registers the crammed BERT)
 
     fields = dict(arm.get("model", {}))
-    special = {"pad_token_id": tokenizer.pad_token_id, "cls_token_id": tokenizer.cls_token_id}
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "mask_token_id", "cls_token_id")}
     special |= {"bos_token_id": tokenizer.cls_token_id}
     special |= {"sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}
     model_type = fields.pop("model_type", "crammed_bert")

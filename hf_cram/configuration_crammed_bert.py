@@ -38,6 +38,7 @@ SIZES = (
     "num_attention_heads",
     "intermediate_size",
     "max_position_embeddings",
+    "neighbour_table_size",
     "classifier_hidden_size",
 )
 
@@ -70,6 +71,12 @@ class CrammedBertConfig(PreTrainedConfig):
         rotary_base (`float`): base of the rotary wavelengths.
         type_vocab_size (`int`): rows of the token type table; 0 accepts `token_type_ids` and ignores them.
         pad_token_id (`int`): id of the padding token, whose embedding gets no gradient as an input.
+        neighbour_table_entries (`int`): entries of a table that is looked up by hashes of a token's neighbours, and holds
+            the embedding that stood on average between, behind or before the same two in the text. A projection of
+            the three is added to the embeddings. It is counted (`embeddings_from_text`), not trained; 0 has none.
+            The first entry is zeros, for tokens beside a masked one.
+        neighbour_table_size (`int`): width of an entry, one byte each.
+        mask_token_id (`int`): id of the mask token, of which the neighbour table knows nothing.
         qkv_bias (`bool`): biases of the query, key and value projections.
         linear_bias (`bool`): biases of the attention output and feed-forward matrices.
         decoder_bias (`bool`): bias of the output vocabulary.
@@ -107,6 +114,9 @@ class CrammedBertConfig(PreTrainedConfig):
     rotary_base: float | int = 10000.0
     type_vocab_size: int = 0
     pad_token_id: int | None = 0
+    neighbour_table_entries: int = 0
+    neighbour_table_size: int = 64
+    mask_token_id: int | None = None
 
     qkv_bias: bool = False
     linear_bias: bool = False
@@ -147,6 +157,12 @@ class CrammedBertConfig(PreTrainedConfig):
         for name in ("type_vocab_size", "norm_eps", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.neighbour_table_entries < 0 or self.neighbour_table_entries == 1:
+            raise ValueError(f"neighbour_table_entries must be 0 or at least 2, got {self.neighbour_table_entries}")
+        if self.neighbour_table_entries and self.neighbour_table_size > self.hidden_size:
+            raise ValueError(
+                f"neighbour_table_size ({self.neighbour_table_size}) must not be above hidden_size ({self.hidden_size})"
+            )
         if not self.rotary_base > 0:
             raise ValueError(f"rotary_base must be above 0, got {self.rotary_base}")
         if self.hidden_size % self.num_attention_heads:

@@ -81,6 +81,7 @@ def build_model_card(
     """
     budget = results.get("time_budget_seconds")
     eval_loss = results.get("eval_loss")
+    table_bytes = results.get("neighbour_table_bytes")
     data = ModelCardData(
         **metadata,
         library_name="transformers",
@@ -99,7 +100,8 @@ def build_model_card(
         preprocessing_seconds=f"{results['preprocessing_seconds']:,.1f}",
         hardware=table_cell(hardware),
         text_name=table_cell(text_name),
-        num_parameters=f"{num_parameters:,}",
+        num_parameters=f"{num_parameters:,}"
+        + (f", and a table of {table_bytes:,} bytes, counted from the text" if table_bytes else ""),
         sequence_length=sequence_length,
         tokens_seen=f"{results['tokens_seen']:,}",
         tokens_per_second=f"{results['tokens_per_second']:,.0f}",

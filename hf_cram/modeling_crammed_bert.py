@@ -19,6 +19,7 @@ Shapes in comments: B sequences, L tokens, H hidden size, N heads, D head size, 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,8 +44,19 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_crammed_bert import CrammedBertConfig
 
+# Where the neighbours stand by which the neighbour table is looked up: between two, behind two, before two.
+NEIGHBOURS = ((-1, 1), (-2, -1), (1, 2))
+NEIGHBOUR_STEP = 1 / 320  # of what the table holds in a byte: 32 is 0.1
+ADDED_TOKENS = 3  # of no content, to those that an entry is the mean of
+OUTSIDE = -1  # in the place of a token id where there is no neighbour
+# Of a universal hash (Carter and Wegman 1979): a factor for each of the neighbours and a constant for each way of looking
+# them up, modulo a prime. A token id times a factor fits into 64 bits.
+HASH_PRIME = 2**31 - 1
+HASH_FACTORS = (1_436_972_519, 842_502_087)
+HASH_CONSTANTS = (271_828_183, 1_618_033_988, 314_159_265)
+
 # Each branch below is one finding of the paper against the original BERT's choice, tested side by side.
-# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit, config.classifier_pooling
+# trf-ignore: TRF041 config.position_embedding_type, config.type_vocab_size, config.neighbour_table_entries, config.embedding_norm, config.norm_type, config.norm_scheme, config.final_norm, config.prediction_head, config.gated_linear_unit, config.classifier_pooling
 
 
 def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
@@ -123,8 +135,91 @@ class CrammedBertRotaryTable(nn.Module):
         return cos, sin
 
 
+def shift_tokens(ids: torch.Tensor, offset: int, fill: int) -> torch.Tensor:
+    """What stands `offset` places further on in each row, `fill` beyond its ends: (B, L) -> (B, L)."""
+    padded = nn.functional.pad(ids, (max(-offset, 0), max(offset, 0)), value=fill)
+    return padded[:, max(offset, 0) :][:, : ids.shape[1]]
+
+
+class CrammedBertNeighbourTable(nn.Module):
+    """
+    What the text held between, behind and before the same neighbours (hf_cram.embedding_initialization counts it).
+
+    One table of one-byte vectors, looked up by hashes of a token's neighbours; no gradient reaches it. Padding, and what
+    has not its place in the same sequence, counts as no neighbour. Beside a mask token a look-up finds the first
+    entry, which stays zeros.
+
+    In training on the text that was counted (`leaves_out`) each token's own occurrence is taken out of what its
+    neighbours lead to, where it would tell the answer.
+    """
+
+    def __init__(self, config: CrammedBertConfig):
+        super().__init__()
+        self.entries = config.neighbour_table_entries
+        self.pad_token_id, self.mask_token_id = config.pad_token_id, config.mask_token_id
+        size = config.neighbour_table_size
+        self.table = nn.Buffer(torch.zeros(self.entries, size, dtype=torch.int8))
+        self.counts = nn.Buffer(torch.zeros(self.entries, dtype=torch.int32))  # tokens that an entry is the mean of
+        self.parts = nn.Buffer(torch.zeros(config.vocab_size, size))  # what each token adds to the sum of an entry
+        self.leaves_out = False
+        self.projection = nn.Linear(len(NEIGHBOURS) * size, config.hidden_size, bias=False)
+
+    def resize(self, num_tokens: int) -> None:
+        """For another number of tokens in the vocabulary; new ones have nothing in the table."""
+        parts = self.parts.new_zeros(num_tokens, self.parts.shape[1])
+        kept = min(num_tokens, len(self.parts))
+        parts[:kept] = self.parts[:kept]
+        self.parts = parts
+
+    def neighbours(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Both token ids, (B, L) each, by which each token is looked up, for each of `NEIGHBOURS`."""
+        if self.pad_token_id is not None:
+            input_ids = input_ids.masked_fill(input_ids == self.pad_token_id, OUTSIDE)
+        ids = {}
+        for offset in sorted({offset for places in NEIGHBOURS for offset in places}):
+            is_near = shift_tokens(position_ids, offset, OUTSIDE) == position_ids + offset
+            ids[offset] = shift_tokens(input_ids, offset, OUTSIDE).masked_fill(~is_near, OUTSIDE)
+        return [(ids[first], ids[second]) for first, second in NEIGHBOURS]
+
+    def look_up(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The entries of each token, one for each of `NEIGHBOURS`: (B, L), (B or 1, L) -> (B, L, 3)."""
+        found = []
+        for (first, second), constant in zip(self.neighbours(input_ids, position_ids), HASH_CONSTANTS, strict=True):
+            hashed = first * HASH_FACTORS[0] + second * HASH_FACTORS[1] + constant
+            entries = hashed % HASH_PRIME % (self.entries - 1) + 1
+            if self.mask_token_id is not None:
+                is_masked = (first == self.mask_token_id) | (second == self.mask_token_id)
+                entries = entries.masked_fill(is_masked, 0)
+            found.append(entries)
+        return torch.stack(found, dim=-1)
+
+    def find(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, original_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the entries say of each token, (B, L, 3, size), without its own occurrence if that is left out."""
+        entries = self.look_up(input_ids, position_ids)
+        means = nn.functional.embedding(entries, self.table).to(self.parts.dtype) * NEIGHBOUR_STEP
+        if original_ids is None or not self.leaves_out:
+            return means
+        own = self.parts[original_ids].unsqueeze(2)  # (B, L, 1, size)
+        counts = (self.counts[entries] + ADDED_TOKENS).unsqueeze(-1).to(means.dtype)
+        shown, true = (self.neighbours(ids, position_ids) for ids in (input_ids, original_ids))
+        # Beside a token that random masking has replaced, an entry has nothing of this occurrence.
+        is_own = torch.stack([(a == b) & (c == d) for (a, c), (b, d) in zip(shown, true, strict=True)], dim=-1)
+        return torch.where(is_own.unsqueeze(-1), (means * counts - own) / (counts - 1), means)
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, original_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, L), (B or 1, L), (B, L) -> (B, L, H)"""
+        found = self.find(input_ids, position_ids, original_ids)
+        return self.projection(found.flatten(2).to(self.projection.weight.dtype))
+
+
 class CrammedBertEmbeddings(nn.Module):
-    """Words, positions and (where configured) token types, summed, normalised, dropped out."""
+    """Words, positions and (where configured) token types and a neighbour table, summed, normalised, dropped out."""
 
     def __init__(self, config: CrammedBertConfig):
         super().__init__()
@@ -139,6 +234,7 @@ class CrammedBertEmbeddings(nn.Module):
         self.token_type_embeddings = (
             nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size > 0 else None
         )
+        self.neighbour_table = CrammedBertNeighbourTable(config) if config.neighbour_table_entries > 0 else None
         self.norm = build_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embedding_dropout_prob)
 
@@ -148,6 +244,7 @@ class CrammedBertEmbeddings(nn.Module):
         token_type_ids: torch.LongTensor | None,
         position_ids: torch.LongTensor,
         inputs_embeds: torch.FloatTensor | None,
+        original_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, H)
         if self.position_embeddings is not None:
@@ -157,6 +254,12 @@ class CrammedBertEmbeddings(nn.Module):
             if token_type_ids is None:
                 token_type_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
             hidden_states = hidden_states + self.token_type_embeddings(token_type_ids)
+        if self.neighbour_table is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "A model with a neighbour table looks it up by input_ids: inputs_embeds alone will not do"
+                )
+            hidden_states = hidden_states + self.neighbour_table(input_ids, position_ids, original_ids)
         return self.dropout(self.norm(hidden_states))
 
 
@@ -316,6 +419,13 @@ class CrammedBertPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": CrammedBertLayer, "attentions": CrammedBertAttention}
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, CrammedBertNeighbourTable):
+                module.resize(embeddings.num_embeddings)
+        return embeddings
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Matrices, embeddings and norms (normal with initializer_range, ones, zeros) are the base class's.
@@ -327,6 +437,10 @@ class CrammedBertPreTrainedModel(PreTrainedModel):
                 init.constant_(module.scale_factor, module.hidden_size**-0.5)
         elif isinstance(module, CrammedBertRotaryTable):
             init.copy_(module.table, rotary_table(module.num_positions, module.head_size, module.base))
+        elif isinstance(module, CrammedBertNeighbourTable):
+            init.zeros_(module.table)
+            init.zeros_(module.counts)
+            init.zeros_(module.parts)
 
 
 @auto_docstring
@@ -357,12 +471,15 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         output_positions: torch.LongTensor | None = None,
+        original_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         r"""
         output_positions (`torch.LongTensor` of shape `(batch_size, num_positions)`, *optional*):
-            Return these tokens of each row only. Where no attention mask stands in the way, the last layer computes
+            Only these tokens of each row come out. Where no attention mask stands in the way, the last layer computes
             no others.
+        original_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The tokens before any was masked, for a neighbour table that leaves them out.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -385,7 +502,9 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
             position_ids = position_ids.reshape(-1, length)
             kwargs["position_ids"] = position_ids
 
-        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, L, H)
+        hidden_states = self.embeddings(
+            input_ids, token_type_ids, position_ids, inputs_embeds, original_ids
+        )  # (B, L, H)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -481,6 +600,9 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
             Where in each row a label stands. Read while training only; the output then holds the loss and no logits.
         """
         sparse = self.training and labels is not None and masked_positions is not None
+        original_ids = None
+        if self.training and labels is not None and input_ids is not None and self.config.neighbour_table_entries > 0:
+            original_ids = torch.where(labels == -100, input_ids, labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -488,6 +610,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             output_positions=masked_positions if sparse else None,
+            original_ids=original_ids,
             return_dict=True,
             **kwargs,
         )

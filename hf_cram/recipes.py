@@ -19,7 +19,7 @@ from .configuration_crammed_bert import CrammedBertConfig
 from .data.errors import nearest
 
 # Follow from the tokenizer.
-TOKENIZER_FIELDS = ("vocab_size", "pad_token_id")
+TOKENIZER_FIELDS = ("vocab_size", "pad_token_id", "mask_token_id")
 DIGITS = re.compile(r"[+-]?\d[\d_]*(\.\d*)?")
 
 
@@ -225,4 +225,9 @@ class RecipeParser(HfArgumentParser):
 
 def build_config(arguments: Any, tokenizer: Any) -> PreTrainedConfig:
     """The model's configuration from its arguments and the tokenizer it will read."""
-    return CrammedBertConfig(**asdict(arguments), vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    return CrammedBertConfig(
+        **asdict(arguments),
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        mask_token_id=tokenizer.mask_token_id if arguments.neighbour_table_entries else None,  # nothing else reads it
+    )

@@ -29,6 +29,7 @@ COLUMNS = {
     "time_budget_seconds": "budget",
     "hardware": "hardware",
     "num_parameters": "parameters",
+    "neighbour_table_bytes": "neighbour table",
     "tokens_seen": "tokens",
     "text_name": "text",
     "eval_loss": "MLM loss",
@@ -39,8 +40,8 @@ COLUMNS = {
     "seeds": "seeds",
     "minimal_pairs": "minimal pairs",
 }
-# Of the CSV alone: in the table they stand in the average's cell.
-AVERAGE_COLUMNS = ("averaged_columns", "max_train_samples")
+# Of the CSV alone: in the table they stand in the cells of the parameters and of the average.
+NOTED_COLUMNS = ("neighbour_table_bytes", "averaged_columns", "max_train_samples")
 TEXT_COLUMNS = ("name", "source", "hardware", "text_name")
 PAPER_SEEDS = 5
 # The paper's rows that bound what pretraining can bring, and the greys of their bars beside the runs' own.
@@ -154,7 +155,7 @@ def _pretraining(folder: Path) -> dict[str, Any]:
     """What `run_mlm_cram.py` left: figures, and the curves out of the state of the Trainer."""
     path = folder / TRAINING_RESULTS
     results = _read_if_there(path)
-    keys = ("time_budget_seconds", "num_parameters", "tokens_seen", "eval_loss")
+    keys = ("time_budget_seconds", "num_parameters", "neighbour_table_bytes", "tokens_seen", "eval_loss")
     row: dict[str, Any] = {key: _number(path, results, key) for key in keys}
     row.update({key: results.get(key) for key in ("hardware", "text_name")})
     row["dataset_id"] = None if results.get("dataset_id") is None else str(results["dataset_id"])
@@ -215,6 +216,8 @@ def _cell(row: dict[str, Any], key: str) -> str:
         return ""
     if key in TEXT_COLUMNS:
         return table_cell(value)
+    if key == "num_parameters" and row["neighbour_table_bytes"] is not None:
+        return f"{describe_count(value)} and a table of {row['neighbour_table_bytes'] / 1e6:.0f} MB"
     if key in FORMATS:
         return FORMATS[key](value)
     notes = []
@@ -230,7 +233,7 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     Rows of [`load_run`] and [`paper_rows`] as a markdown table; a partial average is marked `67.1 (4 of 9)`, and one of
     partial training says so too.
     """
-    keys = [key for key in COLUMNS if key not in AVERAGE_COLUMNS]
+    keys = [key for key in COLUMNS if key not in NOTED_COLUMNS]
     lines = [[COLUMNS[key] for key in keys], ["---" if key in TEXT_COLUMNS else "---:" for key in keys]]
     lines += [[_cell(row, key) for key in keys] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -45,7 +45,7 @@ from .checkpointing import (
     save_errors,
 )
 from .data.collator import DataCollatorForFixedCountMasking
-from .embedding_initialization import initialize_embeddings_from_text
+from .embedding_initialization import initialize_embeddings_from_text, neighbour_tables, own_occurrences_left_out
 from .hardware import forget_peak_memory, peak_memory_bytes, training_flops
 from .hardware_choices import HardwareChoices
 from .hub import HubPusher, HubTarget
@@ -170,6 +170,8 @@ class CramTrainer(Trainer):
         self._started_at = 0.0
         self.pusher: HubPusher | None = None
 
+        if args.ddp_broadcast_buffers is None and neighbour_tables(model):
+            args.ddp_broadcast_buffers = False  # the table is large, and no step changes it
         AcceleratorState._reset_state()  # of other arguments
         super().__init__(model=model, args=args, **kwargs)
         if args.muon_learning_rate is not None and (self.optimizer is not None or self.optimizer_cls_and_kwargs):
@@ -354,6 +356,8 @@ class CramTrainer(Trainer):
         self._started_at = time.time() - self._setup_seconds
         if self.args.embeddings_from_text and checkpoint is None and not self._has_trained:
             initialize_embeddings_from_text(self.model, self.train_dataset, self.args.seed)
+        elif any(not module.table.any() for module in neighbour_tables(self.model)):
+            logger.warning("The model's neighbour table is empty, and does nothing: embeddings_from_text fills it")
         memory = functools.partial(memory_errors, "per_device_train_batch_size", self.args.per_device_train_batch_size)
         with memory():
             self._look_at_loss()
@@ -365,7 +369,12 @@ class CramTrainer(Trainer):
             if self.args.process_index == 0
             else contextlib.nullcontext()
         )
-        with heartbeat, self._signals(), memory():
+        own_text = (
+            own_occurrences_left_out(self.model, self.train_dataset)
+            if self.args.embeddings_from_text
+            else contextlib.nullcontext()
+        )
+        with heartbeat, self._signals(), memory(), own_text:
             self._read_clock()  # for an evaluation before the first step
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
             self._read_clock()

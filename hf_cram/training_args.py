@@ -211,7 +211,7 @@ class CramTrainingArguments(OpenPrecisionArguments):
         default=False,
         metadata={
             "help": "Start the word embeddings from which tokens stand near each other in the text, counted on the clock "
-            "in seconds, instead of noise."
+            "in seconds, instead of noise; fills the neighbour table too."
         },
     )
     logging_interval: str | None = field(

@@ -27,6 +27,7 @@ from transformers import (
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, CrammedBertForSequenceClassification
 from hf_cram.data.collator import DataCollatorForFixedCountMasking
+from hf_cram.embedding_initialization import neighbour_tables
 from hf_cram.trainer import CramTrainer
 from hf_cram.training_args import CramTrainingArguments
 
@@ -66,6 +67,7 @@ def make_config(**fields):
         "num_attention_heads": 4,
         "intermediate_size": 64,
         "max_position_embeddings": 64,
+        "neighbour_table_size": 16,
         "classifier_hidden_size": 24,
         "initializer_range": 0.2,
     }
@@ -86,6 +88,7 @@ def crammed(tokenizer, tmp_path_factory):
         save_interval="50%",
         per_device_train_batch_size=8,
         learning_rate=1e-2,
+        embeddings_from_text=True,
         report_to="none",
         disable_tqdm=True,
         bf16=False,
@@ -93,7 +96,7 @@ def crammed(tokenizer, tmp_path_factory):
         use_cpu=True,
     )
     trainer = CramTrainer(
-        CrammedBertForMaskedLM(make_config()),
+        CrammedBertForMaskedLM(make_config(neighbour_table_entries=500)),
         arguments,
         train_dataset=Rows(32),
         data_collator=DataCollatorForFixedCountMasking(tokenizer, 0.25),
@@ -393,7 +396,7 @@ def export_to_onnx(model, path):
 ONNX_CASES = [
     (CrammedBertForMaskedLM, {}),
     (CrammedBertForSequenceClassification, {"position_embedding_type": "rotary", "classifier_pooling": "mean"}),
-    (CrammedBertForMaskedLM, {"position_embedding_type": "rotary"}),
+    (CrammedBertForMaskedLM, {"position_embedding_type": "rotary", "neighbour_table_entries": 500}),
     (CrammedBertForSequenceClassification, {}),
     (CrammedBertForMaskedLM, {"position_embedding_type": "learned", "prediction_head": True, "norm_scheme": "post"}),
     (CrammedBertForSequenceClassification, {"norm_type": "rms_norm", "gated_linear_unit": False}),
@@ -411,7 +414,10 @@ def test_onnx_gives_the_same_logits_for_any_batch_and_length(model_class, fields
     import onnxruntime
 
     set_seed(0)
-    model_class(make_config(**fields)).save_pretrained(tmp_path)
+    model = model_class(make_config(**fields))
+    for module in neighbour_tables(model):
+        module.table.random_(-127, 128)
+    model.save_pretrained(tmp_path)
     model = model_class.from_pretrained(tmp_path).eval()
     export_to_onnx(model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -24,7 +24,6 @@ LAYERS = [
         "model_files",
         "budget",
         "optimization",
-        "embedding_initialization",
         "hardware",
         "kept_state",
         "launching",
@@ -35,6 +34,7 @@ LAYERS = [
     {
         "checkpointing",
         "callbacks",
+        "embedding_initialization",
         "shapes",
         "training_args",
         "convert_cramming_checkpoint",

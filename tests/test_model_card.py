@@ -98,6 +98,11 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
     }
 
 
+def test_a_table_that_was_counted_stands_beside_the_parameters():
+    card = build(results=RESULTS | {"neighbour_table_bytes": 67108864})
+    assert rows_of(card.text)["Parameters"][1] == "4,723,840, and a table of 67,108,864 bytes, counted from the text"
+
+
 def test_every_data_set_of_a_mix_is_named():
     card = build(dataset_names=["owner/books", "owner/web"])
     assert card.data.to_dict()["datasets"] == ["owner/books", "owner/web"]

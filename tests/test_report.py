@@ -114,6 +114,14 @@ def test_report_of_a_full_an_old_and_a_glue_only_run(make_run, tmp_path, capsys)
     assert (read[2]["mnli"], read[2]["eval_loss"], read[2]["seeds"]) == ("", "", "1")
 
 
+def test_a_table_that_was_counted_stands_beside_the_parameters(make_run, tmp_path, capsys):
+    run = make_run("run", all_results=PRETRAINING | NEWER | {"neighbour_table_bytes": 67_108_864})
+    main([str(run), "--output_dir", str(tmp_path)])
+    assert read_markdown(capsys.readouterr().out)[0]["parameters"] == "4.7M and a table of 67 MB"
+    (row, *_) = csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text()))
+    assert (float(row["num_parameters"]), float(row["neighbour_table_bytes"])) == (4_724_000, 67_108_864)
+
+
 def test_csv_on_request(make_run, tmp_path, capsys):
     main([str(make_run("run", all_results=PRETRAINING)), "--format", "csv", "--output_dir", str(tmp_path)])
     assert capsys.readouterr().out == (tmp_path / "report.csv").read_text()
