@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB_SIZE
-from test_trainer import make_trainer
+from test_trainer import StopAt, make_trainer
 from transformers import AutoModelForMaskedLM, set_seed
 
 from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, CrammedBertModel, embedding_initialization
@@ -178,6 +178,20 @@ def test_training_moves_the_projection_and_not_the_table(tiny_config, tokenizer,
     fresh = untouched.get_submodule("model.embeddings.neighbour_table")
     assert torch.equal(trained.table, fresh.table)
     assert not torch.equal(trained.projection.weight, fresh.projection.weight)
+
+
+def test_a_stopped_and_resumed_run_leaves_out_the_same(tiny_config, tokenizer, tmp_path):
+    learned = []
+    for folder, sessions in (("whole", ([],)), ("parts", ([StopAt(3)], []))):
+        for number, callbacks in enumerate(sessions):
+            trainer = make_trainer(
+                with_table(tiny_config), tokenizer, tmp_path / folder, max_steps=6, save_interval="50%",
+                embeddings_from_text=True, callbacks=callbacks,
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=number > 0)
+        learned.append(trainer.model.state_dict())
+    for name, tensor in learned[0].items():
+        assert torch.equal(tensor, learned[1][name]), name
 
 
 def test_a_table_that_nothing_fills_is_told(tiny_config, tokenizer, tmp_path, caplog):
