@@ -81,7 +81,6 @@ def build_model_card(
     """
     budget = results.get("time_budget_seconds")
     eval_loss = results.get("eval_loss")
-    table_bytes = results.get("neighbour_table_bytes")
     data = ModelCardData(
         **metadata,
         library_name="transformers",
@@ -100,8 +99,7 @@ def build_model_card(
         preprocessing_seconds=f"{results['preprocessing_seconds']:,.1f}",
         hardware=table_cell(hardware),
         text_name=table_cell(text_name),
-        num_parameters=f"{num_parameters:,}"
-        + (f", and a table of {table_bytes:,} bytes, counted from the text" if table_bytes else ""),
+        num_parameters=_parameters(num_parameters, results.get("neighbour_table_bytes")),
         sequence_length=sequence_length,
         tokens_seen=f"{results['tokens_seen']:,}",
         tokens_per_second=f"{results['tokens_per_second']:,.0f}",
@@ -115,6 +113,11 @@ def build_model_card(
         empty_minimal_pairs=_marked(MINIMAL_PAIRS_SECTION, ""),
     )
     return _with_evaluations(card, glue_results, minimal_pairs)
+
+
+def _parameters(num_parameters: int, table_bytes: int | None) -> str:
+    table = "" if table_bytes is None else f", and a table of {table_bytes:,} bytes, counted from the text"
+    return f"{num_parameters:,}{table}"
 
 
 def build_fine_tuned_card(
