@@ -72,11 +72,11 @@ class CrammedBertConfig(PreTrainedConfig):
         type_vocab_size (`int`): rows of the token type table; 0 accepts `token_type_ids` and ignores them.
         pad_token_id (`int`): id of the padding token, whose embedding gets no gradient as an input.
         neighbour_table_entries (`int`): entries of a table that is looked up by hashes of a token's neighbours, and holds
-            the embedding that stood on average between, behind or before the same two in the text. A projection of
-            the three is added to the embeddings. It is counted (`embeddings_from_text`), not trained; 0 has none.
-            The first entry is zeros, for tokens beside a masked one.
+            the embedding that stood on average between, behind or before the same two in the text. It helps the masked
+            language model to fill masks; other heads and the encoder alone have none. It is counted
+            (`embeddings_from_text`), not trained; 0 has none. The first entry is zeros, for tokens beside a masked one.
         neighbour_table_size (`int`): width of an entry, one byte each.
-        mask_token_id (`int`): id of the mask token, of which the neighbour table knows nothing.
+        mask_token_id (`int`): id of the mask token, by which the neighbour table knows what to help.
         qkv_bias (`bool`): biases of the query, key and value projections.
         linear_bias (`bool`): biases of the attention output and feed-forward matrices.
         decoder_bias (`bool`): bias of the output vocabulary.

@@ -113,8 +113,8 @@ def fill_neighbour_table(module: CrammedBertNeighbourTable, dataset: Dataset, em
     """
     Fill the table of `module` from up to 50 million tokens of `dataset`: each entry becomes the mean of the `embeddings`
     (vocab_size, hidden_size) of the tokens whose neighbours lead to it, as many of their columns as it is wide (the
-    first of a singular value decomposition say most). An entry that few tokens lead to is nearer zero. The module's
-    projection starts as the mean of the three entries, in these columns.
+    first of a singular value decomposition say most). An entry that few tokens lead to is nearer zero. To the embeddings
+    the module first adds the mean of the three entries, in these columns, to the last states nothing.
     """
     entries, size = module.table.shape
     sums, counts = torch.zeros(entries, size), torch.zeros(entries)
@@ -132,9 +132,10 @@ def fill_neighbour_table(module: CrammedBertNeighbourTable, dataset: Dataset, em
     module.table.copy_((means * (scale / NEIGHBOUR_STEP)).round().clamp(-127, 127))
     module.counts.copy_(counts)
     module.parts.copy_(embeddings[:, :size] * scale)
-    projection = module.projection.weight.zero_()
-    for part in projection.split(size, dim=1):
-        part[:size].fill_diagonal_(size / projection.shape[1])
+    module.to_states.weight.zero_()
+    to_embeddings = module.to_embeddings.weight.zero_()
+    for part in to_embeddings.split(size, dim=1):
+        part[:size].fill_diagonal_(size / to_embeddings.shape[1])
 
 
 def _evenly(dataset: Dataset, most_tokens: int) -> list[int]:

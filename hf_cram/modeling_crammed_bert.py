@@ -49,6 +49,7 @@ NEIGHBOURS = ((-1, 1), (-2, -1), (1, 2))
 NEIGHBOUR_STEP = 1 / 320  # of what the table holds in a byte: 32 is 0.1
 ADDED_TOKENS = 3  # of no content, to those that an entry is the mean of
 OUTSIDE = -1  # in the place of a token id where there is no neighbour
+NO_TOKEN = -2  # in the place of a token id that is not known
 # Of a universal hash (Carter and Wegman 1979): a factor for each of the neighbours and a constant for each way of looking
 # them up, modulo a prime. A token id times a factor fits into 64 bits.
 HASH_PRIME = 2**31 - 1
@@ -147,7 +148,8 @@ class CrammedBertNeighbourTable(nn.Module):
 
     One table of one-byte vectors, looked up by hashes of a token's neighbours; no gradient reaches it. Padding, and what
     has not its place in the same sequence, counts as no neighbour. Beside a mask token a look-up finds the first
-    entry, which stays zeros.
+    entry, which stays zeros. Projections of what is found are added to the embedding of a mask token, and to the last
+    states before they are decoded: an encoder that reads text without mask tokens has no use for the table.
 
     In training on the text that was counted (`leaves_out`) each token's own occurrence is taken out of what its
     neighbours lead to, where it would tell the answer.
@@ -156,13 +158,15 @@ class CrammedBertNeighbourTable(nn.Module):
     def __init__(self, config: CrammedBertConfig):
         super().__init__()
         self.entries = config.neighbour_table_entries
-        self.pad_token_id, self.mask_token_id = config.pad_token_id, config.mask_token_id
+        self.pad_token_id = config.pad_token_id
+        self.mask_token_id = NO_TOKEN if config.mask_token_id is None else config.mask_token_id
         size = config.neighbour_table_size
         self.table = nn.Buffer(torch.zeros(self.entries, size, dtype=torch.int8))
         self.counts = nn.Buffer(torch.zeros(self.entries, dtype=torch.int32))  # tokens that an entry is the mean of
         self.parts = nn.Buffer(torch.zeros(config.vocab_size, size))  # what each token adds to the sum of an entry
         self.leaves_out = False
-        self.projection = nn.Linear(len(NEIGHBOURS) * size, config.hidden_size, bias=False)
+        self.to_embeddings = nn.Linear(len(NEIGHBOURS) * size, config.hidden_size, bias=False)
+        self.to_states = nn.Linear(len(NEIGHBOURS) * size, config.hidden_size, bias=False)
 
     def resize(self, num_tokens: int) -> None:
         """For another number of tokens in the vocabulary; new ones have nothing in the table."""
@@ -189,37 +193,57 @@ class CrammedBertNeighbourTable(nn.Module):
         for (first, second), constant in zip(self.neighbours(input_ids, position_ids), HASH_CONSTANTS, strict=True):
             hashed = first * HASH_FACTORS[0] + second * HASH_FACTORS[1] + constant
             entries = hashed % HASH_PRIME % (self.entries - 1) + 1
-            if self.mask_token_id is not None:
-                is_masked = (first == self.mask_token_id) | (second == self.mask_token_id)
-                entries = entries.masked_fill(is_masked, 0)
-            found.append(entries)
+            is_masked = (first == self.mask_token_id) | (second == self.mask_token_id)
+            found.append(entries.masked_fill(is_masked, 0))
         return torch.stack(found, dim=-1)
 
     def find(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, original_ids: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        positions: torch.Tensor,
+        original_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What the entries say of each token, (B, L, 3, size), without its own occurrence if that is left out."""
-        entries = self.look_up(input_ids, position_ids)
+        """
+        What the entries say of the tokens at `positions` (B, K), (B, K, 3, size), without a token's own occurrence if
+        that is left out.
+        """
+        entries = take_positions(self.look_up(input_ids, position_ids), positions)  # (B, K, 3)
         means = nn.functional.embedding(entries, self.table).to(self.parts.dtype) * NEIGHBOUR_STEP
         if original_ids is None or not self.leaves_out:
             return means
-        own = self.parts[original_ids].unsqueeze(2)  # (B, L, 1, size)
+        own = self.parts[take_positions(original_ids, positions)].unsqueeze(2)  # (B, K, 1, size)
         counts = (self.counts[entries] + ADDED_TOKENS).unsqueeze(-1).to(means.dtype)
         shown, true = (self.neighbours(ids, position_ids) for ids in (input_ids, original_ids))
         # Beside a token that random masking has replaced, an entry has nothing of this occurrence.
         is_own = torch.stack([(a == b) & (c == d) for (a, c), (b, d) in zip(shown, true, strict=True)], dim=-1)
-        return torch.where(is_own.unsqueeze(-1), (means * counts - own) / (counts - 1), means)
+        is_own = take_positions(is_own, positions).unsqueeze(-1)  # (B, K, 3, 1)
+        return torch.where(is_own, (means * counts - own) / (counts - 1), means)
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, original_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(B, L), (B or 1, L), (B, L) -> (B, L, H)"""
-        found = self.find(input_ids, position_ids, original_ids)
-        return self.projection(found.flatten(2).to(self.projection.weight.dtype))
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
+        original_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What is added to the embeddings, (B, L, H), and to the last states, (B, K, H), at `positions` (B, K) alone, which
+        are all tokens if they are not given.
+        """
+        every = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)  # (1, L)
+        positions = every.expand_as(input_ids) if positions is None else positions
+        position_ids = every if position_ids is None else position_ids.reshape(-1, input_ids.shape[1])
+        found = self.find(input_ids, position_ids, positions, original_ids)
+        found = found.flatten(2).to(self.to_embeddings.weight.dtype)  # (B, K, 3 size)
+        is_mask = take_positions(input_ids, positions) == self.mask_token_id
+        at_masks = self.to_embeddings(found).masked_fill(~is_mask.unsqueeze(-1), 0)
+        to_add = at_masks.new_zeros(*input_ids.shape, at_masks.shape[-1])  # (B, L, H)
+        return to_add.scatter(1, positions.unsqueeze(-1).expand_as(at_masks), at_masks), self.to_states(found)
 
 
 class CrammedBertEmbeddings(nn.Module):
-    """Words, positions and (where configured) token types and a neighbour table, summed, normalised, dropped out."""
+    """Words, positions and (where configured) token types, summed, normalised, dropped out."""
 
     def __init__(self, config: CrammedBertConfig):
         super().__init__()
@@ -234,7 +258,6 @@ class CrammedBertEmbeddings(nn.Module):
         self.token_type_embeddings = (
             nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size > 0 else None
         )
-        self.neighbour_table = CrammedBertNeighbourTable(config) if config.neighbour_table_entries > 0 else None
         self.norm = build_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embedding_dropout_prob)
 
@@ -244,7 +267,6 @@ class CrammedBertEmbeddings(nn.Module):
         token_type_ids: torch.LongTensor | None,
         position_ids: torch.LongTensor,
         inputs_embeds: torch.FloatTensor | None,
-        original_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, H)
         if self.position_embeddings is not None:
@@ -254,12 +276,6 @@ class CrammedBertEmbeddings(nn.Module):
             if token_type_ids is None:
                 token_type_ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
             hidden_states = hidden_states + self.token_type_embeddings(token_type_ids)
-        if self.neighbour_table is not None:
-            if input_ids is None:
-                raise ValueError(
-                    "A model with a neighbour table looks it up by input_ids: inputs_embeds alone will not do"
-                )
-            hidden_states = hidden_states + self.neighbour_table(input_ids, position_ids, original_ids)
         return self.dropout(self.norm(hidden_states))
 
 
@@ -413,6 +429,7 @@ class CrammedBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CrammedBertEmbeddings", "CrammedBertLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"^neighbour_table\."]  # the masked language model's alone
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -471,15 +488,12 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         output_positions: torch.LongTensor | None = None,
-        original_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         r"""
         output_positions (`torch.LongTensor` of shape `(batch_size, num_positions)`, *optional*):
             Only these tokens of each row come out. Where no attention mask stands in the way, the last layer computes
             no others.
-        original_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            The tokens before any was masked, for a neighbour table that leaves them out.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -502,9 +516,7 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
             position_ids = position_ids.reshape(-1, length)
             kwargs["position_ids"] = position_ids
 
-        hidden_states = self.embeddings(
-            input_ids, token_type_ids, position_ids, inputs_embeds, original_ids
-        )  # (B, L, H)
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, L, H)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -561,7 +573,7 @@ def over_items(total: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> t
     custom_intro="""
     The crammed BERT with a masked language modeling head.
 
-    While training with `masked_positions` the logits are computed at those positions only, and none are returned.
+    With `masked_positions` the logits are computed at those positions only; while training, none are returned.
     """
 )
 class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
@@ -572,6 +584,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         self.model = CrammedBertModel(config)
         self.head = CrammedBertPredictionHead(config) if config.prediction_head else nn.Identity()
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
+        self.neighbour_table = CrammedBertNeighbourTable(config) if config.neighbour_table_entries > 0 else None
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -597,12 +610,21 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict; -100 is ignored.
         masked_positions (`torch.LongTensor` of shape `(batch_size, masked_tokens)`, *optional*):
-            Where in each row a label stands. Read while training only; the output then holds the loss and no logits.
+            Where in each row a label stands, or a prediction is wanted. While training with labels the output then holds
+            the loss and no logits, without labels logits of these tokens alone; evaluating with labels does not read it.
         """
-        sparse = self.training and labels is not None and masked_positions is not None
-        original_ids = None
-        if self.training and labels is not None and input_ids is not None and self.config.neighbour_table_entries > 0:
-            original_ids = torch.where(labels == -100, input_ids, labels)
+        sparse = masked_positions is not None and (self.training or labels is None)
+        known: torch.Tensor | None = None
+        if self.neighbour_table is not None:
+            if input_ids is None or inputs_embeds is not None:
+                raise ValueError("The neighbour table is looked up by input_ids: inputs_embeds will not do")
+            original_ids = None
+            if self.training and labels is not None:
+                original_ids = torch.where(labels == -100, input_ids, labels)
+            of_masks, known = self.neighbour_table(
+                input_ids, position_ids, masked_positions if sparse else None, original_ids
+            )
+            inputs_embeds, input_ids = self.get_input_embeddings()(input_ids) + of_masks, None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -610,19 +632,21 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             output_positions=masked_positions if sparse else None,
-            original_ids=original_ids,
             return_dict=True,
             **kwargs,
         )
-        if sparse:
+        if sparse and labels is not None:
             labels = labels.gather(1, masked_positions)  # (B, K)
-        logits = self.decoder(self.head(outputs.last_hidden_state))  # (B, K, V) or (B, L, V)
+        hidden_states = outputs.last_hidden_state  # (B, K, H) or (B, L, H)
+        if known is not None:
+            hidden_states = hidden_states + known
+        logits = self.decoder(self.head(hidden_states))  # (B, K, V) or (B, L, V)
         loss = None
         if labels is not None:
             loss = cross_entropy_loss(logits, labels, kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
             loss=loss,
-            logits=None if sparse else logits,
+            logits=None if sparse and labels is not None else logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .hardware import takes_masked_positions
 from .minimal_pair_sources import MinimalPairsError
 from .modeling_crammed_bert import CrammedBertForMaskedLM
 
@@ -137,11 +138,8 @@ def _mask_each(
 
 def _logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits (B, V) at one position (B,) of each row of `input_ids` (B, L)."""
-    if isinstance(model, CrammedBertForMaskedLM):
-        hidden_states = model.model(
-            input_ids, output_positions=positions.unsqueeze(1), return_dict=True
-        ).last_hidden_state  # (B, 1, H)
-        return model.decoder(model.head(hidden_states)).squeeze(1)
+    if takes_masked_positions(model):
+        return model(input_ids=input_ids, masked_positions=positions.unsqueeze(1), return_dict=True).logits.squeeze(1)
     rows = torch.arange(len(input_ids), device=input_ids.device)
 
     def keep_position(module: nn.Module, inputs: Any, outputs: Any) -> Any:

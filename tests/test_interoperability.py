@@ -68,6 +68,7 @@ def make_config(**fields):
         "intermediate_size": 64,
         "max_position_embeddings": 64,
         "neighbour_table_size": 16,
+        "mask_token_id": 4,
         "classifier_hidden_size": 24,
         "initializer_range": 0.2,
     }

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, VOCAB_SIZE
 from datasets import Dataset
 from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
-from hf_cram import CrammedBertForMaskedLM, minimal_pairs, pseudo_likelihood
+from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, minimal_pairs, pseudo_likelihood
 from hf_cram.minimal_pair_sources import MinimalPair, MinimalPairsError, read_pairs
 from hf_cram.minimal_pairs import main, make_fast, score_pairs
 from hf_cram.pseudo_likelihood import compile_encoder, pseudo_log_likelihoods, surrounding_tokens
@@ -31,8 +31,12 @@ def sentences(count, seed=0):
 @pytest.fixture
 def models(tiny_config):
     torch.manual_seed(0)
+    table = {"neighbour_table_entries": 50, "neighbour_table_size": 16, "mask_token_id": 4}
+    with_table = CrammedBertForMaskedLM(CrammedBertConfig(**{**tiny_config.to_dict(), **table}))
+    with_table.neighbour_table.table.random_(-127, 128)
     return {
         "crammed_bert": CrammedBertForMaskedLM(tiny_config),
+        "neighbour_table": with_table,
         "bert": BertForMaskedLM(BertConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=64, **SMALL)),
         "modernbert": ModernBertForMaskedLM(ModernBertConfig(vocab_size=VOCAB_SIZE, pad_token_id=0, **SMALL)),
     }
@@ -52,7 +56,7 @@ def obvious_score(model, tokenizer, sentence):
     return total
 
 
-@pytest.mark.parametrize("name", ["crammed_bert", "bert", "modernbert"])
+@pytest.mark.parametrize("name", ["crammed_bert", "neighbour_table", "bert", "modernbert"])
 @pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
 def test_scores_are_those_of_one_token_at_a_time(models, tokenizer, name, batch_tokens):
     model = models[name].eval()
@@ -63,7 +67,7 @@ def test_scores_are_those_of_one_token_at_a_time(models, tokenizer, name, batch_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["crammed_bert", "bert"])
+@pytest.mark.parametrize("name", ["crammed_bert", "neighbour_table", "bert"])
 def test_a_compiled_encoder_gives_the_same_scores(models, tokenizer, name):
     expected = pseudo_log_likelihoods(models[name], tokenizer, sentences(12))
     compile_encoder(models[name])

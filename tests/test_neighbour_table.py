@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE
 from test_trainer import StopAt, make_trainer
-from transformers import AutoModelForMaskedLM, set_seed
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, set_seed
 
-from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, CrammedBertModel, embedding_initialization
+from hf_cram import CrammedBertConfig, CrammedBertForMaskedLM, embedding_initialization
 from hf_cram.convert_cramming_checkpoint import ConversionError, convert
 from hf_cram.embedding_initialization import initialize_embeddings_from_text, own_occurrences_left_out
 
@@ -43,7 +43,7 @@ def counted(tiny_config):
 
 def found(model, ids, **kwargs):
     """The three entries of each token, each (L, size) of one row."""
-    module = model.get_submodule("model.embeddings.neighbour_table")
+    module = model.get_submodule("neighbour_table")
     ids = torch.tensor([ids])
     position_ids = kwargs.get("position_ids", torch.arange(ids.shape[1]).unsqueeze(0))
     return torch.nn.functional.embedding(module.look_up(ids, position_ids), module.table).float()[0].unbind(1)
@@ -67,10 +67,46 @@ def test_entries_of_which_the_text_says_little_are_nearer_zero(counted):
 
 
 def test_before_any_training_the_model_expects_what_the_text_held(counted):
-    masked = [PATTERN[0], MASK, PATTERN[2]]
-    states = counted.model.embeddings(torch.tensor([masked]), None, torch.arange(3).unsqueeze(0), None)[0, 1]
-    scores = states @ counted.get_input_embeddings().weight[SPECIAL_TOKENS:].T
+    of_masks, known = counted.neighbour_table(torch.tensor([[PATTERN[0], MASK, PATTERN[2]]]), None)
+    scores = of_masks[0, 1] @ counted.get_input_embeddings().weight[SPECIAL_TOKENS:].T
     assert PATTERN[1] - SPECIAL_TOKENS in scores.topk(3).indices
+    assert not of_masks[0, [0, 2]].any()
+    assert not known.any()
+
+
+def test_the_table_helps_masks_and_what_is_predicted_of_other_tokens(counted):
+    torch.nn.init.normal_(counted.neighbour_table.to_states.weight)
+    ids = torch.tensor([[*PATTERN[:4], MASK, *PATTERN[5:]]])
+    of_masks, known = counted.neighbour_table(ids, None)
+    assert of_masks.any(-1).tolist() == [[index == 4 for index in range(len(PATTERN))]]
+    assert known.any(-1).all()
+    embeddings = counted.get_input_embeddings()(ids) + of_masks
+    logits = counted.decoder(counted.model(inputs_embeds=embeddings).last_hidden_state + known)
+    torch.testing.assert_close(counted(input_ids=ids).logits, logits)
+
+
+def test_the_encoder_and_other_heads_have_no_table(counted, tmp_path):
+    counted.save_pretrained(tmp_path)
+    ids = torch.tensor([PATTERN])
+    encoder, loading = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["unexpected_keys"]
+    torch.testing.assert_close(encoder(ids).last_hidden_state, counted.model(ids).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for model in (encoder, classifier):
+        assert not any("neighbour_table" in name for name in model.state_dict())
+    assert classifier(inputs_embeds=encoder.get_input_embeddings()(ids)).logits.shape == (1, 2)
+
+
+def test_the_loss_at_chosen_positions_is_that_of_all(counted):
+    torch.nn.init.normal_(counted.neighbour_table.to_states.weight)
+    rows = torch.tensor(np.stack([row["input_ids"] for row in text()[:4]]))
+    positions = torch.tensor([[3, 9, 20], [0, 1, 31], [5, 6, 7], [12, 14, 30]])
+    labels = torch.full_like(rows, -100).scatter(1, positions, rows.gather(1, positions))
+    masked = rows.scatter(1, positions[:, :2], MASK)  # the last of each row is shown as it is
+    counted.train()
+    with own_occurrences_left_out(counted, text()):
+        sparse = counted(input_ids=masked, labels=labels, masked_positions=positions).loss
+        torch.testing.assert_close(sparse, counted(input_ids=masked, labels=labels).loss)
 
 
 def test_a_token_sees_two_neighbours_to_either_side(counted):
@@ -106,7 +142,7 @@ def test_padding_and_other_sequences_are_no_neighbours(counted):
 def test_a_table_comes_back_as_it_was(counted, tmp_path, dtype):
     counted.save_pretrained(tmp_path)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
-    name = "model.embeddings.neighbour_table.table"
+    name = "neighbour_table.table"
     assert torch.equal(loaded.get_buffer(name), counted.get_buffer(name))
     assert loaded.get_buffer(name).any()
     ids = torch.tensor([PATTERN])
@@ -142,8 +178,8 @@ def test_a_table_cannot_be_written_in_the_papers_format(counted, tmp_path):
 
 
 def test_a_table_is_looked_up_by_token_ids(tiny_config):
-    model = CrammedBertModel(with_table(tiny_config))
-    with pytest.raises(ValueError, match="looks it up by input_ids"):
+    model = CrammedBertForMaskedLM(with_table(tiny_config))
+    with pytest.raises(ValueError, match="looked up by input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, tiny_config.hidden_size))
 
 
@@ -165,19 +201,28 @@ def test_compiles_without_graph_breaks(counted):
     counted.eval()
 
 
-def test_training_moves_the_projection_and_not_the_table(tiny_config, tokenizer, tmp_path, caplog):
+def test_training_moves_the_projections_and_not_the_table(tiny_config, tokenizer, tmp_path, caplog):
     trainer = make_trainer(
         with_table(tiny_config), tokenizer, tmp_path / "out", max_steps=3, embeddings_from_text=True, learning_rate=1e-3,
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "neighbour table" not in caplog.text
-    trained = trainer.model.get_submodule("model.embeddings.neighbour_table")
+    trained = trainer.model.get_submodule("neighbour_table")
     untouched = CrammedBertForMaskedLM(trainer.model.config)
     initialize_embeddings_from_text(untouched, trainer.train_dataset, trainer.args.seed)
-    fresh = untouched.get_submodule("model.embeddings.neighbour_table")
+    fresh = untouched.get_submodule("neighbour_table")
     assert torch.equal(trained.table, fresh.table)
-    assert not torch.equal(trained.projection.weight, fresh.projection.weight)
+    for name in ("to_embeddings.weight", "to_states.weight"):
+        assert not torch.equal(trained.get_parameter(name), fresh.get_parameter(name))
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, False), (True, True)])
+def test_data_parallel_processes_do_not_send_the_table_at_each_step(tiny_config, tokenizer, tmp_path, given, kept):
+    trainer = make_trainer(with_table(tiny_config), tokenizer, tmp_path, max_steps=1, ddp_broadcast_buffers=given)
+    assert trainer.args.ddp_broadcast_buffers is kept
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1, ddp_broadcast_buffers=given)
+    assert trainer.args.ddp_broadcast_buffers is given
 
 
 def test_a_stopped_and_resumed_run_leaves_out_the_same(tiny_config, tokenizer, tmp_path):
@@ -202,28 +247,30 @@ def test_a_table_that_nothing_fills_is_told(tiny_config, tokenizer, tmp_path, ca
 
 
 def test_a_tokens_own_occurrence_is_left_out_where_it_was_counted(counted):
-    module = counted.get_submodule("model.embeddings.neighbour_table")
+    module = counted.get_submodule("neighbour_table")
     rows, position_ids = torch.tensor(np.stack([row["input_ids"] for row in text()])), torch.arange(32).unsqueeze(0)
+    every = position_ids.expand(2, -1)
     entries = module.look_up(rows, position_ids)  # (N, L, 3)
     with own_occurrences_left_out(counted, text()):
-        found = module.find(rows[:2], position_ids, rows[:2])
+        found = module.find(rows[:2], position_ids, every, rows[:2])
     for row, place, way in ((0, 3, 0), (0, 31, 1), (1, 0, 2), (1, 17, 0)):
         where = entries == entries[row, place, way]
         where[row, place, way] = False
         others = module.parts[rows.unsqueeze(-1).expand_as(entries)[where]]
         expected = others.sum(0) / (len(others) + 3)
         torch.testing.assert_close(found[row, place, way], expected, atol=0.004, rtol=0.02)
-    assert torch.equal(module.find(rows[:2], position_ids, rows[:2]), module.find(rows[:2], position_ids, None))
+    whole = module.find(rows[:2], position_ids, every, None)
+    assert torch.equal(module.find(rows[:2], position_ids, every, rows[:2]), whole)
 
 
 def test_beside_a_replaced_token_nothing_is_left_out(counted):
-    module = counted.get_submodule("model.embeddings.neighbour_table")
+    module = counted.get_submodule("neighbour_table")
     original, position_ids = torch.tensor([PATTERN]), torch.arange(len(PATTERN)).unsqueeze(0)
     replaced = original.clone()
     replaced[0, 4] = 99
     with own_occurrences_left_out(counted, text()):
-        left_out = module.find(replaced, position_ids, original)[0]
-    whole = module.find(replaced, position_ids, None)[0]
+        left_out = module.find(replaced, position_ids, position_ids, original)[0]
+    whole = module.find(replaced, position_ids, position_ids, None)[0]
     same = [
         [torch.equal(left_out[place, way], whole[place, way]) for way in range(3)] for place in range(len(PATTERN))
     ]
@@ -234,7 +281,7 @@ def test_beside_a_replaced_token_nothing_is_left_out(counted):
 
 def test_more_text_than_is_counted_has_nothing_to_leave_out(counted, monkeypatch):
     monkeypatch.setattr(embedding_initialization, "MOST_TABLE_TOKENS", 100 * 32)
-    module = counted.get_submodule("model.embeddings.neighbour_table")
+    module = counted.get_submodule("neighbour_table")
     with own_occurrences_left_out(counted, text()):
         assert not module.leaves_out
     with own_occurrences_left_out(counted, text(count=100)):
