@@ -25,9 +25,10 @@ from .programs import ending_in_one_line
 from .recipes import RecipeParser
 from .shapes import (
     AUTOCAST_DTYPES,
+    FEW_TOKENS,
     MANY_MASKED,
-    MANY_MASKED_UNTIL_TOKENS,
     MATMUL_PEAK_SHARE,
+    NEIGHBOUR_TABLE,
     SHAPES,
     USUAL_MASKED,
     Candidate,
@@ -87,7 +88,8 @@ class Plan:
         shape = self.candidate.shape
         recipe: dict[str, Any] = {
             "vocab_size": shape.vocab_size, "max_seq_length": self.max_seq_length,
-            **shape.model_fields(self.max_seq_length), "time_budget": time_budget, "learning_rate": self.learning_rate,
+            **shape.model_fields(self.max_seq_length, self.candidate.sees_few_tokens),
+            "time_budget": time_budget, "learning_rate": self.learning_rate,
         }  # fmt: skip
         if self.uses_muon:
             recipe["muon_learning_rate"] = MUON_LEARNING_RATE
@@ -117,7 +119,7 @@ def fits_memory(plan: Plan, machine: Machine) -> bool:
         autocast_dtype=AUTOCAST_DTYPES[plan.precision],
         optimizer="muon" if plan.uses_muon else "adamw",
     )
-    config = plan.candidate.shape.config(plan.max_seq_length)
+    config = plan.candidate.shape.config(plan.max_seq_length, plan.candidate.sees_few_tokens)
     memory = estimate_training_memory(config, setup, plan.micro_batch_rows)
     return memory.total_bytes <= usable_bytes(machine.memory_bytes)
 
@@ -191,8 +193,10 @@ def describe(plan: Plan, candidates: Sequence[Candidate], time_budget: str) -> s
         "lowest loss. Its depth and vocabulary come with its width.",
         f"Batch: {plan.batch_rows} rows ({plan.batch_tokens:,} tokens), by the square root of the tokens; "
         f"{plan.micro_batch_rows} rows at once; about {describe_count(chosen.tokens / plan.batch_tokens)} steps.",
-        f"Masked: {chosen.mlm_probability:.0%}; up to {describe_count(MANY_MASKED_UNTIL_TOKENS)} tokens {MANY_MASKED:.0%}, "
+        f"Masked: {chosen.mlm_probability:.0%}; up to {describe_count(FEW_TOKENS)} tokens {MANY_MASKED:.0%}, "
         f"then {USUAL_MASKED:.0%}.",
+        f"Neighbour table: up to {describe_count(FEW_TOKENS)} tokens too"
+        + (f", {math.prod(NEIGHBOUR_TABLE.values()) / 1e6:.0f} MB." if chosen.sees_few_tokens else ": none."),
         f"Rate: AdamW {plan.learning_rate:g}, by the square root of the width"
         + (f"; Muon {MUON_LEARNING_RATE:g} for the matrices" if plan.uses_muon else "; no Muon")
         + f", whose own products would be {plan.muon_share:.0%} of a step's (up to {LARGEST_MUON_SHARE:.0%} pays).",

@@ -24,8 +24,11 @@ MATMUL_PEAK_SHARE = 0.6
 # and 4.7 M parameters meet, and the 20 predictions of Hoffmann et al. (2022) where 30 % of the tokens are predicted.
 # Between both it grows evenly on logarithmic scales, outside of them it stays.
 TOKENS_PER_PARAMETER = ((1e14, 4.0), (1e18, 20 / 0.3))
-# Few tokens teach most with many of them masked (LOG.md, 27 November); many with 30 % (Wettig et al. 2023).
-MANY_MASKED, USUAL_MASKED, MANY_MASKED_UNTIL_TOKENS = 0.4, 0.3, 1e8
+# Few tokens teach most with many of them masked (LOG.md, 27 November); many with 30 % (Wettig et al. 2023). What a table
+# knows of the text (LOG.md, 28 November) is worth most to a run that sees few tokens, and was tried with no others.
+FEW_TOKENS = 1e8
+MANY_MASKED, USUAL_MASKED = 0.4, 0.3
+NEIGHBOUR_TABLE = {"neighbour_table_entries": 2**19, "neighbour_table_size": 128}
 # Of control groups, version 2 and 1, as a container sees its own.
 CGROUP_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -39,8 +42,11 @@ class Shape:
     num_hidden_layers: int
     vocab_size: int
 
-    def model_fields(self, max_seq_length: int) -> dict[str, Any]:
-        """The configuration's fields but the vocabulary: heads of 64, gated feed-forward of four times the width."""
+    def model_fields(self, max_seq_length: int, sees_few_tokens: bool) -> dict[str, Any]:
+        """
+        The configuration's fields but the vocabulary: heads of 64, gated feed-forward of four times the width, and a
+        neighbour table for a run that `sees_few_tokens`.
+        """
         return {
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_hidden_layers,
@@ -49,11 +55,12 @@ class Shape:
             # Longer sequences than the trained ones come without parameters.
             "position_embedding_type": "rotary",
             "max_position_embeddings": max(512, max_seq_length),
+            **(NEIGHBOUR_TABLE if sees_few_tokens else {}),
         }
 
-    def config(self, max_seq_length: int) -> CrammedBertConfig:
+    def config(self, max_seq_length: int, sees_few_tokens: bool) -> CrammedBertConfig:
         """The model's configuration."""
-        return CrammedBertConfig(vocab_size=self.vocab_size, **self.model_fields(max_seq_length))
+        return CrammedBertConfig(vocab_size=self.vocab_size, **self.model_fields(max_seq_length, sees_few_tokens))
 
     @property
     def decoder_shape(self) -> tuple[int, int]:
@@ -123,7 +130,11 @@ class Candidate:
     flops_per_token: float
     tokens_per_second: float
     tokens: float
-    mlm_probability: float
+    sees_few_tokens: bool
+
+    @property
+    def mlm_probability(self) -> float:
+        return masked_share(self.sees_few_tokens)
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -148,13 +159,18 @@ def best_tokens_per_parameter(flops: float) -> float:
     return low * (high / low) ** min(max(share, 0.0), 1.0)
 
 
+def masked_share(sees_few_tokens: bool) -> float:
+    """Of the tokens, how many are predicted."""
+    return MANY_MASKED if sees_few_tokens else USUAL_MASKED
+
+
 @lru_cache
-def count_work(shape: Shape, max_seq_length: int, mlm_probability: float) -> tuple[int, float]:
+def count_work(shape: Shape, max_seq_length: int, sees_few_tokens: bool) -> tuple[int, float]:
     """Parameters of a shape, and FLOPs of training for each token; nothing is allocated."""
     meta = torch.device("meta")
     with meta:
-        model = AutoModelForMaskedLM.from_config(shape.config(max_seq_length))
-        batch = random_batch(model, shape.vocab_size, (8, max_seq_length), mlm_probability, meta)
+        model = AutoModelForMaskedLM.from_config(shape.config(max_seq_length, sees_few_tokens))
+        batch = random_batch(model, shape.vocab_size, (8, max_seq_length), masked_share(sees_few_tokens), meta)
         flops = training_flops(model, batch)
     return model.num_parameters(), flops / batch["input_ids"].numel()
 
@@ -162,9 +178,9 @@ def count_work(shape: Shape, max_seq_length: int, mlm_probability: float) -> tup
 def evaluate_shape(shape: Shape, budget_seconds: float, machine: Machine, max_seq_length: int) -> Candidate:
     """What the budget can do with a shape on a machine."""
     speed = MATMUL_PEAK_SHARE * machine.matmul_flops(shape.decoder_shape)
-    for mlm_probability in (MANY_MASKED, USUAL_MASKED):
-        num_parameters, flops = count_work(shape, max_seq_length, mlm_probability)
+    for sees_few_tokens in (True, False):
+        num_parameters, flops = count_work(shape, max_seq_length, sees_few_tokens)
         tokens = speed / flops * budget_seconds
-        if tokens < MANY_MASKED_UNTIL_TOKENS:
+        if tokens < FEW_TOKENS:
             break
-    return Candidate(shape, num_parameters, flops, speed / flops, tokens, mlm_probability)
+    return Candidate(shape, num_parameters, flops, speed / flops, tokens, sees_few_tokens)

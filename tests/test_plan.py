@@ -1,5 +1,6 @@
 """The model and the training that a budget calls for."""
 
+import math
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from hf_cram.plan import choose, describe, describe_ratio, main, nearest_first, 
 from hf_cram.recipes import RecipeParser
 from hf_cram.script_args import RECIPE_PARTS, planned_config
 from hf_cram.shapes import (
+    NEIGHBOUR_TABLE,
     SHAPES,
     Machine,
     best_tokens_per_parameter,
@@ -49,16 +51,18 @@ def parse(path):
 
 
 def test_parameters_and_flops_are_those_of_the_real_model():
-    model = CrammedBertForMaskedLM(SHAPES[0].config(32))
-    batch = random_batch(model, SHAPES[0].vocab_size, (8, 32), 0.3, torch.device("cpu"))
-    assert count_work(SHAPES[0], 32, 0.3) == (model.num_parameters(), training_flops(model, batch) / (8 * 32))
+    for sees_few_tokens, share in ((True, 0.4), (False, 0.3)):
+        model = CrammedBertForMaskedLM(SHAPES[0].config(32, sees_few_tokens))
+        batch = random_batch(model, SHAPES[0].vocab_size, (8, 32), share, torch.device("cpu"))
+        counted = model.num_parameters(), training_flops(model, batch) / (8 * 32)
+        assert count_work(SHAPES[0], 32, sees_few_tokens) == counted
 
 
 def test_more_time_never_plans_a_smaller_model_and_each_shape_has_its_time():
     sizes = []
     for power in range(26):  # of two, from a tenth of a second to a month
         candidates = [evaluate_shape(shape, 0.1 * 2**power, GPU, 128) for shape in SHAPES]
-        sizes.append(nearest_first(candidates)[0].num_parameters)
+        sizes.append(SHAPES.index(nearest_first(candidates)[0].shape))
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == len(SHAPES)
 
@@ -86,7 +90,8 @@ def test_the_micro_batch_fits_the_memory_and_the_batch_does_not_depend_on_it():
 
 def test_a_model_that_does_not_fit_gives_way_to_one_that_does():
     candidates = [evaluate_shape(shape, 600, CPU, 128) for shape in SHAPES[:2]]
-    tight = Machine(CPU.matmul_flops, "bf16", RESERVE_BYTES + 100e6, is_cpu=True)
+    table = math.prod(NEIGHBOUR_TABLE.values())
+    tight = Machine(CPU.matmul_flops, "bf16", RESERVE_BYTES + 1.1 * table + 100e6, is_cpu=True)
     assert choose(candidates, CPU, 128).candidate.shape == SHAPES[1]
     smaller = choose(candidates, tight, 128)
     assert smaller.candidate.shape == SHAPES[0]

@@ -52,7 +52,7 @@ class Sized(PreTrainedTokenizerFast):
     def __len__(self):
         return self.size
 
-    pad_token_id = 0
+    pad_token_id, mask_token_id = 0, 4
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
