@@ -113,8 +113,8 @@ def fill_neighbour_table(module: CrammedBertNeighbourTable, dataset: Dataset, em
     """
     Fill the table of `module` from up to 50 million tokens of `dataset`: each entry becomes the mean of the `embeddings`
     (vocab_size, hidden_size) of the tokens whose neighbours lead to it, as many of their columns as it is wide (the
-    first of a singular value decomposition say most). An entry that few tokens lead to is nearer zero. To the embeddings
-    the module first adds the mean of the three entries, in these columns, to the last states nothing.
+    first of a singular value decomposition say most). An entry that few tokens lead to is nearer zero. The module
+    starts by adding the mean of the three entries to the embeddings, in these columns, and nothing to the last states.
     """
     entries, size = module.table.shape
     sums, counts = torch.zeros(entries, size), torch.zeros(entries)

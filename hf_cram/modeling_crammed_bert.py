@@ -610,20 +610,19 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict; -100 is ignored.
         masked_positions (`torch.LongTensor` of shape `(batch_size, masked_tokens)`, *optional*):
-            Where in each row a label stands, or a prediction is wanted. While training with labels the output then holds
-            the loss and no logits, without labels logits of these tokens alone; evaluating with labels does not read it.
+            Where in each row a label stands, or a prediction is wanted: the loss and the logits are of these tokens alone.
+            While training with labels no logits are returned.
         """
-        sparse = masked_positions is not None and (self.training or labels is None)
         known: torch.Tensor | None = None
         if self.neighbour_table is not None:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("The neighbour table is looked up by input_ids: inputs_embeds will not do")
-            original_ids = None
             if self.training and labels is not None:
                 original_ids = torch.where(labels == -100, input_ids, labels)
-            of_masks, known = self.neighbour_table(
-                input_ids, position_ids, masked_positions if sparse else None, original_ids
-            )
+                of_masks, known = self.neighbour_table(input_ids, position_ids, masked_positions, original_ids)
+            else:
+                of_masks, known = self.neighbour_table(input_ids, position_ids)
+                known = known if masked_positions is None else take_positions(known, masked_positions)
             inputs_embeds, input_ids = self.get_input_embeddings()(input_ids) + of_masks, None
         outputs = self.model(
             input_ids=input_ids,
@@ -631,11 +630,11 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_positions=masked_positions if sparse else None,
+            output_positions=masked_positions,
             return_dict=True,
             **kwargs,
         )
-        if sparse and labels is not None:
+        if masked_positions is not None and labels is not None:
             labels = labels.gather(1, masked_positions)  # (B, K)
         hidden_states = outputs.last_hidden_state  # (B, K, H) or (B, L, H)
         if known is not None:
@@ -646,7 +645,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
             loss = cross_entropy_loss(logits, labels, kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
             loss=loss,
-            logits=None if sparse and labels is not None else logits,
+            logits=None if self.training and masked_positions is not None and labels is not None else logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

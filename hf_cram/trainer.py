@@ -759,6 +759,18 @@ class CramTrainer(Trainer):
         self._eval_seconds = max(self._eval_seconds or 0.0, time.monotonic() - started)
         return metrics
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Where the loss alone is wanted, the model computes no other logits; metrics compare those of all tokens."""
+        if not prediction_loss_only:
+            inputs = {name: value for name, value in inputs.items() if name != "masked_positions"}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         if not self._has_trained:
             self._claim_accelerator()

@@ -380,7 +380,7 @@ def test_too_long_a_sequence_is_a_clear_error(tiny_config):
         model()
 
 
-def test_positions_give_the_loss_alone_in_training_and_without_labels_their_logits(tiny_config):
+def test_positions_give_the_loss_alone_in_training_and_their_logits_in_evaluation(tiny_config):
     model = CrammedBertForMaskedLM(tiny_config).train()
     input_ids, labels, positions = masked_batch()
     sparse = model(input_ids=input_ids, labels=labels, masked_positions=positions)
@@ -388,10 +388,11 @@ def test_positions_give_the_loss_alone_in_training_and_without_labels_their_logi
     assert sparse.logits is None
     torch.testing.assert_close(sparse.loss, dense.loss)
     model.eval()
-    assert model(input_ids=input_ids, labels=labels, masked_positions=positions).logits.shape == (3, 16, VOCAB_SIZE)
-    logits = model(input_ids=input_ids).logits
-    expected = logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, VOCAB_SIZE))
-    torch.testing.assert_close(model(input_ids=input_ids, masked_positions=positions).logits, expected)
+    evaluated = model(input_ids=input_ids, labels=labels, masked_positions=positions)
+    torch.testing.assert_close(evaluated.loss, dense.loss)
+    logits = model(input_ids=input_ids).logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, VOCAB_SIZE))
+    torch.testing.assert_close(evaluated.logits, logits)
+    torch.testing.assert_close(model(input_ids=input_ids, masked_positions=positions).logits, logits)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -97,6 +97,13 @@ def test_the_encoder_and_other_heads_have_no_table(counted, tmp_path):
     assert classifier(inputs_embeds=encoder.get_input_embeddings()(ids)).logits.shape == (1, 2)
 
 
+def test_logits_at_chosen_positions_know_of_other_masks_too(counted):
+    torch.nn.init.normal_(counted.neighbour_table.to_states.weight)
+    ids = torch.tensor([[*PATTERN[:4], MASK, *PATTERN[5:8], MASK]])
+    logits = counted(input_ids=ids, masked_positions=torch.tensor([[4]])).logits
+    torch.testing.assert_close(logits, counted(input_ids=ids).logits[:, 4:5])
+
+
 def test_the_loss_at_chosen_positions_is_that_of_all(counted):
     torch.nn.init.normal_(counted.neighbour_table.to_states.weight)
     rows = torch.tensor(np.stack([row["input_ids"] for row in text()[:4]]))

@@ -54,7 +54,7 @@ from hf_cram.checkpointing import (
     publish_checkpoint,
     rotate,
 )
-from hf_cram.data.collator import DataCollatorForFixedCountMasking
+from hf_cram.data.collator import DataCollatorForFixedCountMasking, masked_tokens
 from hf_cram.hardware import RESET_PEAK, training_flops
 from hf_cram.modeling_crammed_bert import eager_attention_forward
 from hf_cram.out_of_memory import MicroBatchMemoryError
@@ -563,7 +563,22 @@ def test_flops_are_counted_whatever_the_attention(tiny_config):
 def test_predictions_are_made_on_the_rows_of_an_evaluation(tiny_config, tokenizer, tmp_path):
     trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1)
     held_out = Rows(16, seed=1)
-    assert trainer.predict(held_out).metrics["test_loss"] == trainer.evaluate(held_out)["eval_loss"]
+    assert trainer.predict(held_out).metrics["test_loss"] == pytest.approx(
+        trainer.evaluate(held_out)["eval_loss"], rel=1e-5
+    )
+
+
+def test_an_evaluation_computes_what_is_wanted_of_it(tiny_config, tokenizer, tmp_path):
+    trainer = make_trainer(tiny_config, tokenizer, tmp_path, max_steps=1)
+    length = len(trainer.eval_dataset[0]["input_ids"])
+    decoded = []
+    trainer.model.decoder.register_forward_hook(lambda module, inputs, logits: decoded.append(logits.shape[1]))
+    trainer.evaluate()
+    assert masked_tokens(0.15, length) in decoded
+    assert length not in decoded
+    trainer.compute_metrics = lambda prediction: {"tokens": prediction.predictions.shape[1]}
+    assert trainer.evaluate()["eval_tokens"] == length
+    assert trainer.predict(trainer.eval_dataset).predictions.shape[1] == length
 
 
 class Averaging(torch.optim.AdamW):
