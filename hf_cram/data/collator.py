@@ -72,7 +72,9 @@ class DataCollatorForFixedCountMasking:
         mlm_probability: share of the tokens to predict, or phases of the budget as in [`parse_phases`].
         mask_replace_prob, random_replace_prob: shares of the predicted tokens shown as `[MASK]` or as a random token.
         seed: changes every draw.
-        return_masked_positions: also hand over where the labels stand, for models that accept `masked_positions`.
+        return_masked_positions: also hand over where the labels stand, for models that accept `masked_positions`. Their
+            logits are then of these tokens alone: metrics that compare them with the labels of all need `False` in a
+            plain `Trainer`, [`CramTrainer`] sees to it itself.
 
     Returns a dict of int64 tensors: `input_ids` and `labels` (B, L), -100 where nothing is predicted, and
     `masked_positions` (B, K), rising in each row. Rows of unequal length are refused: pack them first.
