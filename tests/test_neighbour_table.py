@@ -43,7 +43,7 @@ def counted(tiny_config):
 
 def found(model, ids, **kwargs):
     """The three entries of each token, each (L, size) of one row."""
-    module = model.get_submodule("neighbour_table")
+    module = model.neighbour_table
     ids = torch.tensor([ids])
     position_ids = kwargs.get("position_ids", torch.arange(ids.shape[1]).unsqueeze(0))
     return torch.nn.functional.embedding(module.look_up(ids, position_ids), module.table).float()[0].unbind(1)
@@ -149,9 +149,8 @@ def test_padding_and_other_sequences_are_no_neighbours(counted):
 def test_a_table_comes_back_as_it_was(counted, tmp_path, dtype):
     counted.save_pretrained(tmp_path)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
-    name = "neighbour_table.table"
-    assert torch.equal(loaded.get_buffer(name), counted.get_buffer(name))
-    assert loaded.get_buffer(name).any()
+    assert torch.equal(loaded.neighbour_table.table, counted.neighbour_table.table)
+    assert loaded.neighbour_table.table.any()
     ids = torch.tensor([PATTERN])
     logits = loaded(input_ids=ids).logits
     assert logits.dtype == dtype
@@ -215,10 +214,10 @@ def test_training_moves_the_projections_and_not_the_table(tiny_config, tokenizer
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "neighbour table" not in caplog.text
-    trained = trainer.model.get_submodule("neighbour_table")
+    trained = trainer.model.neighbour_table
     untouched = CrammedBertForMaskedLM(trainer.model.config)
     initialize_embeddings_from_text(untouched, trainer.train_dataset, trainer.args.seed)
-    fresh = untouched.get_submodule("neighbour_table")
+    fresh = untouched.neighbour_table
     assert torch.equal(trained.table, fresh.table)
     for name in ("to_embeddings.weight", "to_states.weight"):
         assert not torch.equal(trained.get_parameter(name), fresh.get_parameter(name))
@@ -254,7 +253,7 @@ def test_a_table_that_nothing_fills_is_told(tiny_config, tokenizer, tmp_path, ca
 
 
 def test_a_tokens_own_occurrence_is_left_out_where_it_was_counted(counted):
-    module = counted.get_submodule("neighbour_table")
+    module = counted.neighbour_table
     rows, position_ids = torch.tensor(np.stack([row["input_ids"] for row in text()])), torch.arange(32).unsqueeze(0)
     every = position_ids.expand(2, -1)
     entries = module.look_up(rows, position_ids)  # (N, L, 3)
@@ -271,7 +270,7 @@ def test_a_tokens_own_occurrence_is_left_out_where_it_was_counted(counted):
 
 
 def test_beside_a_replaced_token_nothing_is_left_out(counted):
-    module = counted.get_submodule("neighbour_table")
+    module = counted.neighbour_table
     original, position_ids = torch.tensor([PATTERN]), torch.arange(len(PATTERN)).unsqueeze(0)
     replaced = original.clone()
     replaced[0, 4] = 99
@@ -288,7 +287,7 @@ def test_beside_a_replaced_token_nothing_is_left_out(counted):
 
 def test_more_text_than_is_counted_has_nothing_to_leave_out(counted, monkeypatch):
     monkeypatch.setattr(embedding_initialization, "MOST_TABLE_TOKENS", 100 * 32)
-    module = counted.get_submodule("neighbour_table")
+    module = counted.neighbour_table
     with own_occurrences_left_out(counted, text()):
         assert not module.leaves_out
     with own_occurrences_left_out(counted, text(count=100)):
